@@ -1,0 +1,40 @@
+# weft: every target sets itself up from nothing; the environment lives in .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt deploy/setup.sh
+	@PYTHON=$(PYTHON) bash deploy/setup.sh
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/weft demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow and not foreign" tests
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow or foreign" tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python protos/generate.py --check
+
+protos: setup
+	$(BIN)/python protos/generate.py
+
+bench-demo: setup
+	@$(BIN)/python tests/bench/demo.py
+
+bench-exchange: setup
+	@$(BIN)/python tests/bench/exchange.py
+
+clean:
+	rm -rf .venv .cache dist build

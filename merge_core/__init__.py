@@ -1,0 +1,9 @@
+"""merge_core: the pure half of weft. Tensors, files under a given path, arithmetic; no network, no clock, no global RNG.
+
+recipe     what a person wrote (mergekit-compatible YAML)
+plan       the recipe resolved against checkpoints: canonical bytes with a digest
+execute    a plan streamed, tensor by tensor, into a new checkpoint
+operators  one file per merge operator
+checkpoint manifest, Merkle tree, strict safetensors reader and writer
+zoo        small experts that are really trained; evaluation scores them
+"""

@@ -1,0 +1,42 @@
+"""The port through which arithmetic reads weights: TensorSource.
+
+A checkpoint on disk is one; a set of remote holders is another. What comes out is verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from merge_core.checkpoint import dtypes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """The type (safetensors name) and shape of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Size in bytes."""
+        return dtypes.byte_length(self.dtype, self.shape)
+
+
+class TensorSource(Protocol):
+    """Verified tensor bytes by name and leaf."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, sorted by name."""
+        ...
+
+    def read(self, tensor: str, first_leaf: int, count: int) -> bytes | memoryview:
+        """The bytes of `count` leaves of 1 MiB from `first_leaf`; the last leaf of a tensor may be shorter.
+
+        A memoryview stays valid until the next read on this source by the same thread.
+        Raises CorruptCheckpoint when the bytes do not match their digest.
+        """
+        ...

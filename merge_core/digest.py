@@ -1,0 +1,77 @@
+"""Digests and the one canonical encoding that they are taken over.
+
+Everything that is digested or signed is RFC 8785 JSON. Floats never appear in it: they are written as
+hex-float strings (`float.hex`), so that a value survives every parser to the bit. Integers stay below 2^53.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import rfc8785
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class Digest(str):
+    """`sha256:` followed by 64 lower-case hex digits; a value that exists is well-formed.
+
+    Raises ValueError on anything else.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> Digest:
+        if not _DIGEST.fullmatch(text):
+            raise ValueError(f"not a sha256 digest: {text[:80]!r}")
+        return super().__new__(cls, text)
+
+    @property
+    def hex(self) -> str:
+        """The 64 hex digits alone: safe as a file name."""
+        return self[7:]
+
+
+class ModelId(Digest):
+    """The digest of a checkpoint's manifest: its name everywhere."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> ModelId:
+        return super().__new__(cls, text)  # type: ignore[return-value]
+
+
+def sha256(data: bytes | bytearray | memoryview) -> Digest:
+    """Digest bytes."""
+    return Digest("sha256:" + hashlib.sha256(data).hexdigest())
+
+
+def canonical(value: Any) -> bytes:
+    """Encode JSON-like `value` (no floats) as RFC 8785 bytes.
+
+    Raises TypeError on a float: write it with `float.hex` first.
+    """
+    _refuse_floats(value)
+    return rfc8785.dumps(value)
+
+
+def parse_canonical(data: bytes) -> Any:
+    """Decode bytes that must be exactly what `canonical` writes; raises ValueError on any other spelling."""
+    value = json.loads(data)
+    if canonical(value) != data:
+        raise ValueError("JSON is not in canonical form (RFC 8785)")
+    return value
+
+
+def _refuse_floats(value: Any) -> None:
+    if isinstance(value, float):
+        raise TypeError(f"a float in digested JSON: {value!r}; write value.hex()")
+    if isinstance(value, dict):
+        for item in value.values():
+            _refuse_floats(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_floats(item)

@@ -1,0 +1,41 @@
+"""What can be wrong with models and recipes: one class for each party who must act.
+
+    MergeCoreError
+    ├── InvalidRecipe       the author of the recipe must change it
+    ├── Unmergeable         these models do not go together: choose others
+    ├── CorruptCheckpoint   the bytes are not what they claim: fetch or export them again
+    └── PlanMismatch        a re-execution gave other bytes than were claimed
+
+The message is one line of why; `hint` names the next thing to do.
+"""
+
+from __future__ import annotations
+
+
+class MergeCoreError(Exception):
+    """Base of everything that merge_core raises on purpose."""
+
+    def __init__(self, why: str, *, hint: str = "") -> None:
+        super().__init__(why)
+        self.why = why
+        self.hint = hint
+
+
+class InvalidRecipe(MergeCoreError):
+    """The recipe says something that cannot be read or is not supported."""
+
+
+class Unmergeable(MergeCoreError):
+    """The models do not fit each other; `problems` lists every incompatibility found."""
+
+    def __init__(self, why: str, *, problems: tuple[str, ...] = (), hint: str = "") -> None:
+        super().__init__(why, hint=hint)
+        self.problems = problems
+
+
+class CorruptCheckpoint(MergeCoreError):
+    """A file is malformed, truncated, or does not match its digest."""
+
+
+class PlanMismatch(MergeCoreError):
+    """What was executed differs from what was claimed."""

@@ -1,0 +1,100 @@
+"""What can go wrong in a node: one class for each answer to "who must act?".
+
+    WeftError
+    ├── PeerError       a peer broke the protocol: drop it, never retry there
+    ├── Refused         a peer said no: a reason and its sentence
+    ├── Unreachable     a peer did not answer: try another one, or later
+    ├── LocalError      this machine: disk, configuration, a missing file: tell the user
+    │   ├── NodeNotRunning
+    │   ├── NotEnoughPeers
+    │   └── LimitReached
+    └── VerificationFailed   the bytes or signatures are not what they claim
+
+`why` is one line for the human, `hint` the next command to run, `exit_code` what the CLI ends with.
+Errors of merge_core (InvalidRecipe, Unmergeable, CorruptCheckpoint, PlanMismatch) keep their own tree;
+`exit_code_of` knows both.
+"""
+
+from __future__ import annotations
+
+from merge_core.errors import CorruptCheckpoint, InvalidRecipe, MergeCoreError, PlanMismatch, Unmergeable
+from node.domain.reasons import Reason
+
+
+class WeftError(Exception):
+    """Base of everything that a node raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, why: str, *, hint: str = "") -> None:
+        super().__init__(why)
+        self.why = why
+        self.hint = hint
+
+
+class PeerError(WeftError):
+    """The peer broke the protocol or sent bytes that do not match their digest."""
+
+
+class Refused(WeftError):
+    """The peer declined; `reason` says why in a way that programs understand."""
+
+    def __init__(self, reason: Reason, detail: str = "", *, hint: str = "") -> None:
+        super().__init__(f"{reason.sentence}{f' ({detail})' if detail else ''}", hint=hint)
+        self.reason = reason
+        self.detail = detail
+
+
+class Unreachable(WeftError):
+    """The peer did not answer before the deadline, or could not be dialled."""
+
+    exit_code = 4
+
+
+class LocalError(WeftError):
+    """Something on this machine has to change."""
+
+
+class UsageError(LocalError):
+    """The command line does not say something that can be done."""
+
+    exit_code = 2
+
+
+class NodeNotRunning(LocalError):
+    """The verb needs a running node."""
+
+    exit_code = 3
+
+
+class NotEnoughPeers(LocalError):
+    """Nobody who is reachable holds what is needed."""
+
+    exit_code = 4
+
+
+class LimitReached(LocalError):
+    """A bound on disk, memory or transfer was reached."""
+
+    exit_code = 7
+
+
+class VerificationFailed(WeftError):
+    """A signature, a digest or an audit did not hold."""
+
+    exit_code = 5
+
+
+_CORE_EXIT_CODES: dict[type[MergeCoreError], int] = {
+    InvalidRecipe: 2,
+    Unmergeable: 6,
+    CorruptCheckpoint: 5,
+    PlanMismatch: 5,
+}
+
+
+def exit_code_of(error: Exception) -> int:
+    """The exit code of the CLI for an error: 1 where nothing more precise is known."""
+    if isinstance(error, WeftError):
+        return error.exit_code
+    return next((code for kind, code in _CORE_EXIT_CODES.items() if isinstance(error, kind)), 1)
