@@ -1,4 +1,6 @@
-"""merge_core: the pure half of weft. Tensors, files under a given path, arithmetic; no network, no clock, no global RNG.
+"""merge_core: the pure half of weft: tensors, files under a given path, arithmetic.
+
+No network, no clock, no global random numbers.
 
 recipe     what a person wrote (mergekit-compatible YAML)
 plan       the recipe resolved against checkpoints: canonical bytes with a digest

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from merge_core.checkpoint import dtypes, merkle
@@ -218,5 +219,5 @@ def _text(value: Any, limit: int) -> str:
 
 
 def _sorted(names: list[str]) -> None:
-    if any(a >= b for a, b in zip(names, names[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(names)):
         raise ValueError("names are not sorted, or one is repeated")

@@ -1,0 +1,71 @@
+"""Home: where a node keeps what is its own (`WEFT_HOME`, by default the platform's data folder).
+
+    config.toml          settings
+    identity/            keys and binding, 0600: the part to back up
+    node.db              adverts, agreements, jobs, records (SQLite)
+    experts/             the shelf: one folder per model and publisher
+    token                what the control API asks for, 0600
+    run/node.json        process id and control address of the node that runs
+    cache/               digests of files hashed before; safe to delete
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The paths under one root; nothing is created by looking."""
+
+    root: Path
+
+    @classmethod
+    def default(cls) -> Home:
+        """`$WEFT_HOME`, else the platform's folder for application data."""
+        return cls(Path(os.environ.get("WEFT_HOME") or platformdirs.user_data_dir("weft")).absolute())
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def identity(self) -> Path:
+        return self.root / "identity"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "node.db"
+
+    @property
+    def experts(self) -> Path:
+        return self.root / "experts"
+
+    @property
+    def incoming(self) -> Path:
+        """Where a fetch builds up: the same file system as the shelf, so that it is renamed into place."""
+        return self.root / "incoming"
+
+    @property
+    def policy(self) -> Path:
+        return self.root / "policy.toml"
+
+    @property
+    def token(self) -> Path:
+        return self.root / "token"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run" / "node.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "run" / "node.log"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
