@@ -78,7 +78,7 @@ class PeerEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerInfo:
-    """A connected peer; `latency` is the last round trip of our own ping in seconds, None before the first."""
+    """A connected peer; `latency` is the last round trip of a ping in seconds, None before the first."""
 
     peer: PeerId
     addresses: tuple[str, ...]
@@ -89,7 +89,7 @@ class PeerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """A complete multiaddr: where a peer listens (`/ip4/192.0.2.7/tcp/4001`) and who it must turn out to be."""
+    """A complete multiaddr: where a peer listens (`/ip4/192.0.2.7/tcp/4001`) and who it has to be."""
 
     transport: str
     peer: PeerId
@@ -126,7 +126,7 @@ class Network(Protocol):
         """Stop."""
 
     def addresses(self) -> tuple[str, ...]:
-        """Complete multiaddrs under which others can dial us: never a wildcard address, empty when stopped."""
+        """Complete multiaddrs under which others can dial us: never a wildcard, none when stopped."""
 
     async def connect(self, address: str, *, deadline: float = 10.0) -> PeerId:
         """Dial a complete multiaddr, or keep the connection that there is.
