@@ -1,12 +1,12 @@
 """Home: where a node keeps what is its own (`WEFT_HOME`, by default the platform's data folder).
 
-    config.toml          settings
-    identity/            keys and binding, 0600: the part to back up
-    node.db              adverts, agreements, jobs, records (SQLite)
-    experts/             the shelf: one folder per model and publisher
-    token                what the control API asks for, 0600
-    run/node.json        process id and control address of the node that runs
-    cache/               digests of files hashed before; safe to delete
+config.toml          settings
+identity/            keys and binding, 0600: the part to back up
+node.db              adverts, agreements, jobs, records (SQLite)
+experts/             the shelf: one folder per model and publisher
+token                what the control API asks for, 0600
+run/node.json        process id and control address of the node that runs
+cache/               digests of files hashed before; safe to delete
 """
 
 from __future__ import annotations

@@ -1,0 +1,103 @@
+"""Settings: by flag, else `WEFT_*`, else `config.toml`, else the default, in that order.
+
+WEFT_NETWORK  WEFT_LISTEN  WEFT_PEER_API  WEFT_CONTROL_API  WEFT_BOOTSTRAP   (lists are comma-separated)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from node.errors import LocalError
+
+_NETWORK = re.compile(r"[a-z0-9][a-z0-9.\-]{0,62}")
+_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What a node is told; a value that exists is valid (LocalError otherwise).
+
+    `listen` are libp2p multiaddrs, `peer_api` and `control_api` are host:port (port 0: any free one).
+    """
+
+    network: str = "weft"
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/9350",)
+    peer_api: str = "0.0.0.0:9351"
+    control_api: str = "127.0.0.1:0"
+    bootstrap: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _NETWORK.fullmatch(self.network):
+            raise _invalid(f"network {self.network!r}: use lower-case letters, digits, dots and hyphens")
+        for name in ("peer_api", "control_api"):
+            if not _HOST_PORT.fullmatch(getattr(self, name)):
+                raise _invalid(f"{name} {getattr(self, name)!r} is not host:port")
+        if not self.control_api.startswith(("127.", "localhost:", "[::1]:")):
+            raise _invalid(f"control_api {self.control_api!r} is not a loopback address")
+        for address in (*self.listen, *self.bootstrap):
+            if not address.startswith("/"):
+                raise _invalid(f"{address!r} is not a multiaddr such as /ip4/0.0.0.0/tcp/9350")
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read the settings; `overrides` are the flags (None: not given). Raises LocalError naming the key."""
+    values = {**_from_file(path), **_from_environment(), **_given(overrides or {})}
+    return replace(Config(), **values)
+
+
+def save(config: Config, path: Path) -> None:
+    """Write `config` so that `load(path) == config`."""
+    lines = ["# Settings of this weft node; `weft up --help` says what each one means.\n"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        lines.append(f"{field.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}\n")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(lines))
+    temporary.replace(path)
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise LocalError(f"{path} cannot be read: {error}", hint=f"edit or remove {path}") from error
+    kinds = {field.name: type(getattr(Config(), field.name)) for field in fields(Config)}
+    for key, value in found.items():
+        wanted = list if kinds.get(key) is tuple else kinds.get(key)
+        if wanted is None:
+            raise LocalError(f"{path}: unknown setting {key!r}", hint=f"known: {', '.join(kinds)}")
+        if not isinstance(value, wanted):
+            raise LocalError(f"{path}: {key} must be a {wanted.__name__}", hint=f"edit {path}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
+def _from_environment() -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in fields(Config):
+        text = os.environ.get(f"WEFT_{field.name.upper()}")
+        if text is not None:
+            is_list = isinstance(getattr(Config(), field.name), tuple)
+            values[field.name] = tuple(filter(None, text.split(","))) if is_list else text
+    return values
+
+
+def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in overrides.items()
+        if value is not None and value != []
+    }
+
+
+def _invalid(why: str) -> LocalError:
+    return LocalError(f"setting {why}", hint="weft up --help")
