@@ -1,4 +1,4 @@
-"""Generate node/wire/v1 from the .proto files beside this script; `--check` only says whether it is up to date.
+"""Generate node/wire/v1 from the .proto files beside this script; `--check` says whether it is up to date.
 
 The generated modules are checked in: a file that only a build makes is silently missing from some wheel.
 protoc derives imports from the path below its root, so the .proto files lie where the modules belong;

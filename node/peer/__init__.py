@@ -1,0 +1,9 @@
+"""The peer port: bulk bytes between nodes over gRPC, with mutual TLS bound to peer ids.
+
+ports         what serving asks of the rest of the node: Shelf, HeldModel, Entitlements
+admitted      whose certificates are accepted now
+credentials   how two nodes hand each other their certificates, over the authenticated libp2p stream
+status        node.errors as google.rpc.Status, and back
+server        the Peer service
+client        one peer's Peer service, from the other side: a Holder for node.exchange
+"""
