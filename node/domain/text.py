@@ -1,4 +1,4 @@
-"""Checks that hostile JSON passes before it becomes a domain value; each raises ValueError with the reason."""
+"""Checks that hostile JSON passes before it becomes a domain value; each raises ValueError with a reason."""
 
 from __future__ import annotations
 
