@@ -11,7 +11,7 @@ class JobKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     JOB_KIND_UNSPECIFIED: _ClassVar[JobKind]
     JOB_KIND_MERGE: _ClassVar[JobKind]
-    JOB_KIND_GET: _ClassVar[JobKind]
+    JOB_KIND_FETCH: _ClassVar[JobKind]
     JOB_KIND_AUDIT: _ClassVar[JobKind]
 
 class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
@@ -27,7 +27,7 @@ class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATE_CANCELLED: _ClassVar[JobState]
 JOB_KIND_UNSPECIFIED: JobKind
 JOB_KIND_MERGE: JobKind
-JOB_KIND_GET: JobKind
+JOB_KIND_FETCH: JobKind
 JOB_KIND_AUDIT: JobKind
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState

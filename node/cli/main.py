@@ -1,0 +1,97 @@
+"""The entry point of `weft`: the flags that every verb has, and what an error looks like.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 node not running, 4 not enough peers, 5 verification failed,
+6 incompatible models, 7 resource limit, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from node.cli import demo, local, network
+from node.cli.output import out
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="weft",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Weave LLM experts into one model with your peers, and let anybody verify where it came from.",
+)
+
+
+@app.callback()
+def every_verb(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON envelope on stdout; works before or after the verb.")
+    ] = False,
+    home: Annotated[
+        str | None, typer.Option("--home", help="Where this node keeps its things. Else WEFT_HOME.", show_default=False)
+    ] = None,
+) -> None:
+    """Read the flags that stand before the verb."""
+    out.as_json = out.as_json or as_json
+    if home:
+        os.environ["WEFT_HOME"] = home
+
+
+local.register(app)
+network.register(app)
+demo.register(app)
+
+
+def main() -> NoReturn:
+    """Run one verb and end the process with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one verb; the exit code says how it ended, and every error is one line with what to do next."""
+    words, rest = _split(arguments)
+    out.as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    try:
+        code = app(words + rest, prog_name="weft", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "weft"
+        return _fail(error.format_message(), f"{command} --help", 2, "usage")
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", "", EXIT_INTERRUPTED, "interrupted")
+    except Exception as error:
+        return _explain(error)
+    return code if isinstance(code, int) else 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before a literal `--`, and the rest."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at:]
+
+
+def _explain(error: Exception) -> int:
+    """Print an error that we raised on purpose; anything else is a defect and keeps its traceback."""
+    from merge_core.errors import MergeCoreError
+    from node.errors import WeftError, exit_code_of
+
+    if not isinstance(error, WeftError | MergeCoreError):
+        raise error
+    problems = tuple(getattr(error, "problems", ()))
+    return _fail(error.why, error.hint, exit_code_of(error), type(error).__name__, problems)
+
+
+def _fail(why: str, hint: str, code: int, kind: str, problems: tuple[str, ...] = ()) -> int:
+    failure: dict[str, Any] = {"kind": kind, "why": why, "hint": hint, "exit_code": code}
+    if problems:
+        failure["problems"] = list(problems)
+    out.failure(failure)
+    return code

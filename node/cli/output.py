@@ -1,0 +1,77 @@
+"""stdout is data, stderr is the story.
+
+With `--json` the data is one envelope `{"schema": "weft.cli/v1", "ok": ..., "data": ...}` and nobody is prompted;
+without it the data is what a person came for (an id, a table), and the story around it goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+SCHEMA = "weft.cli/v1"
+
+
+class Output:
+    """Where a verb puts its result and its story. `as_json` is set once, by the entry point."""
+
+    def __init__(self) -> None:
+        self.as_json = False
+        self.data_console = Console(highlight=False, soft_wrap=True)
+        self.story_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def result(self, data: Any, show: Callable[[Console], None]) -> None:
+        """Print the verb's one result: `data` as the envelope, or what `show` draws."""
+        if self.as_json:
+            sys.stdout.write(json.dumps({"schema": SCHEMA, "ok": True, "data": data}) + "\n")
+            sys.stdout.flush()
+        else:
+            show(self.data_console)
+
+    def failure(self, error: dict[str, Any]) -> None:
+        """Print a failure: one line why, what is wrong in detail, the next command."""
+        if self.as_json:
+            sys.stdout.write(json.dumps({"schema": SCHEMA, "ok": False, "error": error}) + "\n")
+        self.say(f"[bold red]error:[/] {escape(error['why'])}")
+        for problem in error.get("problems", ()):
+            self.say(f"  - {escape(problem)}")
+        if error.get("hint"):
+            self.say(f"[bold]next:[/]  {escape(error['hint'])}")
+
+    def say(self, markup: str = "") -> None:
+        """Tell one line of the story, in rich markup."""
+        self.story_console.print(markup)
+
+
+out = Output()
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A plain table: the first column is the name of a row, numbers are right-aligned."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    body = [[str(cell) for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        numeric = bool(body) and all(_is_number(row[index]) for row in body)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in body:
+        drawn.add_row(*(escape(cell) for cell in row))
+    return drawn
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).replace("-", "", 1).rstrip("%").strip().isdigit()
