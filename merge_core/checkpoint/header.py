@@ -1,8 +1,8 @@
 """The safetensors header: a strict parser for files that may come from anybody, and the writer of ours.
 
 A file is 8 bytes of little-endian length, that many bytes of JSON, then the tensors' bytes. The public
-library accepts repeated keys, unknown fields and any tensor name; here everything that is not exact is refused.
-What this parser accepts that library accepts too, with the same meaning:
+library accepts repeated keys, unknown fields and any tensor name; here everything that is not exact is
+refused. What this parser accepts that library accepts too, with the same meaning:
 
 - at most 8 MiB of header and 100,000 tensors, checked before anything of that size is allocated;
 - no key twice, no unknown field, no number but plain non-negative integers below 2^53;
