@@ -215,7 +215,7 @@ def _no_weights(directory: Path, present: frozenset[str]) -> CorruptCheckpoint:
     if pickles:
         return CorruptCheckpoint(
             f"{directory} has only pickled weights ({pickles[0]}), which run code when they are opened",
-            hint="convert it to safetensors on a machine you can lose: save_pretrained(safe_serialization=True)",
+            hint="convert it to safetensors in a sandbox: save_pretrained(safe_serialization=True)",
         )
     return CorruptCheckpoint(
         f"{directory} holds no safetensors weights", hint="name a directory that save_pretrained wrote"

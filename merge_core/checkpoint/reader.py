@@ -1,0 +1,382 @@
+"""A Hugging Face directory read with `pread`: headers first, bytes only where they are asked for.
+
+    Checkpoint      the open directory: tensors, config, raw bytes; nothing is verified but structure
+    measure         one hashing pass over all bytes: the Manifest and the LeafTable
+    VerifiedSource  the TensorSource that hashes every leaf again as it is read
+    finite          whether a run of bytes is free of NaN and infinities
+
+Positioned reads into reused buffers, not mmap: mapped pages count as memory of the process
+and were no faster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+
+from merge_core.checkpoint import dtypes, merkle, published
+from merge_core.checkpoint.header import PREFIX, Header, Span, header_length, parse_header
+from merge_core.checkpoint.manifest import (
+    MAX_FUNCTIONAL_FILE,
+    MAX_TENSORS,
+    FileRecord,
+    LeafTable,
+    Manifest,
+    TensorRecord,
+    tensor_root_of,
+)
+from merge_core.checkpoint.source import TensorInfo
+from merge_core.digest import sha256
+from merge_core.errors import CorruptCheckpoint
+
+MAX_CONFIG = 4 << 20
+_BATCH_LEAVES = 16
+_HINT = "fetch or export the checkpoint again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStamp:
+    """What identifies the contents of an open weight file without reading it; times in nanoseconds."""
+
+    name: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class Checkpoint:
+    """A model directory with its weight files open; a context manager that closes them.
+
+    Reads from several threads at once are fine: every read is positioned.
+    """
+
+    def __init__(self, path: Path, survey: published.Survey, files: Mapping[str, int]) -> None:
+        """Take over the descriptors in `files`; use `Checkpoint.open`."""
+        self.path = path
+        self.survey = survey
+        self._files = dict(files)
+        self._where: dict[str, tuple[int, Span]] = {}
+        self.config: dict[str, Any] = {}
+        self.architecture = ""
+        self.tensors: Mapping[str, TensorInfo] = {}
+        self.stamps: tuple[FileStamp, ...] = ()
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Open a directory and read its headers and config, no weights.
+
+        Raises CorruptCheckpoint on anything that is not a whole safetensors checkpoint.
+        """
+        survey = published.survey(directory)
+        files: dict[str, int] = {}
+        checkpoint = cls(directory, survey, files)
+        try:
+            for name in survey.weights:
+                checkpoint._files[name] = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC)
+            checkpoint._read_config()
+            checkpoint._read_headers()
+        except BaseException:
+            checkpoint.close()
+            raise
+        return checkpoint
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the weight files; nothing can be read afterwards."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+        self._where.clear()
+
+    def span(self, tensor: str) -> tuple[str, Span]:
+        """The weight file that holds a tensor, and where in it. Raises KeyError on an unknown tensor."""
+        descriptor, span = self._where[tensor]
+        return next(name for name, fd in self._files.items() if fd == descriptor), span
+
+    def read_bytes(self, tensor: str, offset: int, length: int, into: memoryview | None = None) -> memoryview:
+        """Read `length` bytes of a tensor from `offset` on, into the start of `into` where it is given.
+
+        Raises KeyError on an unknown tensor, ValueError outside of it, CorruptCheckpoint if the file shrank.
+        """
+        descriptor, span = self._where[tensor]
+        if offset < 0 or length < 0 or offset + length > span.end - span.begin:
+            raise ValueError(f"bytes {offset} to {offset + length} of {tensor}: outside of the tensor")
+        view = (memoryview(bytearray(length)) if into is None else into.cast("B"))[:length]
+        if len(view) != length:
+            raise ValueError(f"a buffer of {len(view)} bytes for {length}")
+        done = 0
+        while done < length:
+            count = os.preadv(descriptor, [view[done:]], span.begin + offset + done)
+            if count == 0:
+                raise CorruptCheckpoint(f"{self.path}: the file of {tensor} became shorter", hint=_HINT)
+            done += count
+        return view
+
+    def functional_files(self) -> dict[str, bytes]:
+        """The contents of config, tokenizer and chat template, by name, sorted; each at most 64 MiB."""
+        return {
+            name: published.read_bounded(self.path / name, MAX_FUNCTIONAL_FILE)
+            for name in self.survey.functional
+        }
+
+    def _read_config(self) -> None:
+        if "config.json" not in self.survey.functional:
+            raise CorruptCheckpoint(
+                f"{self.path} has no config.json", hint="name a directory that save_pretrained wrote"
+            )
+        self.config = parse_config(published.read_bounded(self.path / "config.json", MAX_CONFIG))
+        self.architecture = architecture_of(self.config)
+
+    def _read_headers(self) -> None:
+        stamps: list[FileStamp] = []
+        total = 0
+        for name, descriptor in self._files.items():
+            status = os.fstat(descriptor)
+            header = _header_of(name, descriptor, status.st_size)
+            total += len(header.tensors)
+            if total > MAX_TENSORS:
+                raise CorruptCheckpoint(f"{self.path} has more than {MAX_TENSORS} tensors")
+            for tensor, span in header.tensors.items():
+                if tensor in self._where:
+                    raise CorruptCheckpoint(f"tensor {tensor} lies in two weight files", hint=_HINT)
+                self._where[tensor] = (descriptor, span)
+            stamps.append(
+                FileStamp(
+                    name=name,
+                    device=status.st_dev,
+                    inode=status.st_ino,
+                    size=status.st_size,
+                    mtime_ns=status.st_mtime_ns,
+                )
+            )
+        if not self._where:
+            raise CorruptCheckpoint(f"{self.path} has no tensors", hint=_HINT)
+        self._check_index()
+        self.stamps = tuple(stamps)
+        self.tensors = MappingProxyType({name: self._where[name][1].info for name in sorted(self._where)})
+
+    def _check_index(self) -> None:
+        if published.INDEX not in self.survey.other:
+            return
+        claimed = published.parse_index(
+            published.read_bounded(self.path / published.INDEX, published.MAX_INDEX)
+        )
+        names = {descriptor: name for name, descriptor in self._files.items()}
+        actual = {tensor: names[descriptor] for tensor, (descriptor, _) in self._where.items()}
+        for tensor in sorted(claimed.keys() | actual.keys()):
+            if claimed.get(tensor) != actual.get(tensor):
+                raise CorruptCheckpoint(
+                    f"{published.INDEX} says {claimed.get(tensor, 'nothing')} of tensor {tensor}, "
+                    f"the weight files say {actual.get(tensor, 'nothing')}",
+                    hint=_HINT,
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one hashing pass gives."""
+
+    manifest: Manifest
+    leaves: LeafTable
+
+
+def measure(
+    checkpoint: Checkpoint, *, threads: int = 2, on_progress: Callable[[int], None] | None = None
+) -> Measured:
+    """Hash every byte of a checkpoint once, with at most 16 MiB of buffer per thread.
+
+    `on_progress` is called in the caller's thread with the number of tensor bytes hashed since the last call.
+    Raises CorruptCheckpoint if a file shrinks meanwhile.
+    """
+    leaves: dict[str, list[bytes]] = {name: [] for name in checkpoint.tensors}
+    local = threading.local()
+
+    def digest(batch: list[tuple[str, int, int]]) -> list[bytes]:
+        buffer = local.__dict__.setdefault("buffer", memoryview(bytearray(merkle.LEAF_SIZE)))
+        return [merkle.leaf_digest(checkpoint.read_bytes(*piece, into=buffer)) for piece in batch]
+
+    batches = list(_batches(checkpoint.tensors))
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="measure") as pool:
+        try:
+            for batch, digests in zip(batches, pool.map(digest, batches), strict=True):
+                for (tensor, _, _), value in zip(batch, digests, strict=True):
+                    leaves[tensor].append(value)
+                if on_progress:
+                    on_progress(sum(length for _, _, length in batch))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    manifest = Manifest(
+        architecture=checkpoint.architecture,
+        files=tuple(file_record(name, data) for name, data in checkpoint.functional_files().items()),
+        tensors=tuple(tensor_record(name, info, leaves[name]) for name, info in checkpoint.tensors.items()),
+    )
+    return Measured(manifest=manifest, leaves=LeafTable(leaves))
+
+
+class VerifiedSource:
+    """A checkpoint on disk as a TensorSource: no byte comes out that its leaf digest does not vouch for."""
+
+    def __init__(self, checkpoint: Checkpoint, leaves: LeafTable) -> None:
+        """Read from an open checkpoint, which the caller closes.
+
+        Raises CorruptCheckpoint where the leaf table was made for other tensors.
+        """
+        self._checkpoint = checkpoint
+        self._leaves = leaves
+        self._local = threading.local()
+        for name, info in checkpoint.tensors.items():
+            try:
+                found = len(leaves[name])
+            except KeyError:
+                found = 0
+            if found != merkle.leaf_count(info.length):
+                raise CorruptCheckpoint(f"the leaf table does not belong to tensor {name}", hint=_HINT)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, sorted by name."""
+        return self._checkpoint.tensors
+
+    def read(self, tensor: str, first_leaf: int, count: int) -> memoryview:
+        """Read `count` leaves; the view stays valid until the same thread reads here again.
+
+        Raises KeyError on an unknown tensor, ValueError outside of it, CorruptCheckpoint on a wrong leaf.
+        """
+        expected = self._leaves[tensor]
+        if first_leaf < 0 or count < 1 or first_leaf + count > len(expected):
+            raise ValueError(
+                f"leaves {first_leaf} to {first_leaf + count} of {tensor}, which has {len(expected)}"
+            )
+        begin = first_leaf * merkle.LEAF_SIZE
+        length = min(count * merkle.LEAF_SIZE, self._checkpoint.tensors[tensor].length - begin)
+        view = self._checkpoint.read_bytes(tensor, begin, length, into=self._buffer(length))
+        for i in range(count):
+            leaf = view[i * merkle.LEAF_SIZE : (i + 1) * merkle.LEAF_SIZE]
+            if merkle.leaf_digest(leaf) != expected[first_leaf + i]:
+                raise CorruptCheckpoint(
+                    f"{self._checkpoint.path}: leaf {first_leaf + i} of {tensor} is not what was published",
+                    hint=f"weft verify {self._checkpoint.path}",
+                )
+        return view
+
+    def _buffer(self, length: int) -> memoryview:
+        buffer: memoryview | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < length:
+            buffer = memoryview(bytearray(max(length, merkle.LEAF_SIZE)))
+            self._local.buffer = buffer
+        return buffer
+
+
+# All bits of the exponent set means NaN or infinity; F8_E4M3 has no infinity, and one NaN of either sign.
+_EXPONENTS = {
+    "F64": 0x7FF0_0000_0000_0000,
+    "F32": 0x7F80_0000,
+    "F16": 0x7C00,
+    "BF16": 0x7F80,
+    "F8_E5M2": 0x7C,
+    "F8_E4M3": 0x7F,
+}
+
+
+def finite(data: bytes | bytearray | memoryview, dtype: str) -> bool:
+    """Say whether little-endian elements hold neither NaN nor infinity; integers never do.
+
+    `data` must be whole elements, as every leaf is; needs a temporary of the same size.
+    """
+    if dtype not in _EXPONENTS or len(data) == 0:
+        return True
+    mask = _EXPONENTS[dtype]
+    bits = np.frombuffer(data, dtype=f"<u{dtypes.SIZES[dtype]}")
+    return int((bits & mask).max()) != mask
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """Read a config.json that may come from anybody: a JSON object of at most 4 MiB.
+
+    Raises CorruptCheckpoint.
+    """
+    if len(data) > MAX_CONFIG:
+        raise CorruptCheckpoint(f"config.json has {len(data)} bytes; at most {MAX_CONFIG} are read")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"config.json cannot be read: {error}", hint=_HINT) from error
+    if not isinstance(value, dict):
+        raise CorruptCheckpoint("config.json is not a JSON object", hint=_HINT)
+    return value
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The name of the architecture as config.json gives it: `architectures[0]`, else `model_type`.
+
+    Raises CorruptCheckpoint where it names none.
+    """
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else config.get("model_type")
+    if not isinstance(name, str) or not 0 < len(name) <= 128 or not name.isprintable():
+        raise CorruptCheckpoint(
+            "config.json names no architecture", hint="add `architectures` to config.json"
+        )
+    return name
+
+
+def file_record(name: str, data: bytes) -> FileRecord:
+    """The manifest's record of a functional file."""
+    return FileRecord(path=name, size=len(data), sha256=sha256(data))
+
+
+def tensor_record(name: str, info: TensorInfo, leaves: list[bytes]) -> TensorRecord:
+    """The manifest's record of a tensor, from the digests of its leaves in order."""
+    root = tensor_root_of(info.dtype, info.shape, leaves).hex()
+    return TensorRecord(name=name, dtype=info.dtype, shape=info.shape, root=root)
+
+
+def file_digest(path: Path, on_progress: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 (hex) of a file, read 1 MiB at a time; `on_progress` gets the bytes since its last call."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(merkle.LEAF_SIZE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if on_progress:
+                on_progress(count)
+    return digest.hexdigest()
+
+
+def _header_of(name: str, descriptor: int, size: int) -> Header:
+    try:
+        length = header_length(os.pread(descriptor, PREFIX, 0), size)
+        return parse_header(os.pread(descriptor, length, 0), size)
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(f"{name}: {error.why}", hint=error.hint) from error
+
+
+def _batches(tensors: Mapping[str, TensorInfo]) -> Iterator[list[tuple[str, int, int]]]:
+    """Pieces (tensor, offset, length) of a leaf each, up to 16 together: small tensors share a batch."""
+    batch: list[tuple[str, int, int]] = []
+    for name, info in tensors.items():
+        for index in range(merkle.leaf_count(info.length)):
+            batch.append((name, index * merkle.LEAF_SIZE, merkle.leaf_size(info.length, index)))
+            if len(batch) == _BATCH_LEAVES:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
