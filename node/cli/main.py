@@ -10,13 +10,16 @@ import os
 import sys
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from node.cli import demo, local, network
 from node.cli.output import out
 
 EXIT_INTERRUPTED = 130
+
+# typer carries its own copy of click and shows of its errors only this one; its bases are UsageError and
+# ClickException, the two that a command line can end in.
+_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 
 app = typer.Typer(
     name="weft",
@@ -34,7 +37,8 @@ def every_verb(
         bool, typer.Option("--json", help="One JSON envelope on stdout; works before or after the verb.")
     ] = False,
     home: Annotated[
-        str | None, typer.Option("--home", help="Where this node keeps its things. Else WEFT_HOME.", show_default=False)
+        str | None,
+        typer.Option("--home", help="Where this node keeps its things. Else WEFT_HOME.", show_default=False),
     ] = None,
 ) -> None:
     """Read the flags that stand before the verb."""
@@ -60,12 +64,9 @@ def run(arguments: list[str]) -> int:
     words = [word for word in words if word != "--json"]
     try:
         code = app(words + rest, prog_name="weft", standalone_mode=False)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "weft"
-        return _fail(error.format_message(), f"{command} --help", 2, "usage")
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", "", EXIT_INTERRUPTED, "interrupted")
     except Exception as error:
         return _explain(error)
@@ -79,10 +80,15 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _explain(error: Exception) -> int:
-    """Print an error that we raised on purpose; anything else is a defect and keeps its traceback."""
+    """Print an error that was raised on purpose; anything else is a defect and keeps its traceback."""
     from merge_core.errors import MergeCoreError
     from node.errors import WeftError, exit_code_of
 
+    if isinstance(error, _ClickException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if isinstance(error, _UsageError) and context else "weft"
+        why = error.format_message()
+        return _fail(why, f"{command} --help", 2, "usage") if why else 2  # no words at all: help was shown
     if not isinstance(error, WeftError | MergeCoreError):
         raise error
     problems = tuple(getattr(error, "problems", ()))

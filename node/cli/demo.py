@@ -1,0 +1,6 @@
+"""PLACEHOLDER"""
+
+import typer
+
+
+def register(app: typer.Typer) -> None: ...
