@@ -30,6 +30,13 @@ MAX_CERTIFICATE = 16 << 10
 
 _EXTENSION = x509.ObjectIdentifier("1.3.6.1.4.1.53594.1.1")
 _PREFIX = b"libp2p-tls-handshake:"
+# Not one of these is a ValueError.
+_MALFORMED = (
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 # SEQUENCE { OCTET STRING of 36 bytes, OCTET STRING of 64 bytes }: with Ed25519 the lengths are fixed.
 _BEFORE_KEY, _BEFORE_SIGNATURE, _SIGNED_KEY_SIZE = b"\x30\x68\x04\x24", b"\x04\x40", 106
 
@@ -94,8 +101,8 @@ def peer_id_of(pem: bytes, now: float) -> PeerId:
         host_verifier(peer_id).verify(signature, _PREFIX + _spki(key))
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise PeerError(f"not a peer's certificate: {error or type(error).__name__}") from error
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, VerificationFailed) as error:
-        raise PeerError(f"a certificate without proof of a peer id: {error}") from error
+    except (*_MALFORMED, VerificationFailed) as error:
+        raise PeerError(f"a certificate that proves no peer id: {error}") from error
     moment = datetime.fromtimestamp(now, UTC)
     if not certificate.not_valid_before_utc <= moment <= certificate.not_valid_after_utc:
         raise PeerError(f"the certificate of {peer_id} is not valid at this time; compare both clocks")
@@ -106,6 +113,9 @@ def _only_certificate(pem: bytes) -> x509.Certificate:
     certificates = x509.load_pem_x509_certificates(pem)
     if len(certificates) != 1:
         raise ValueError(f"{len(certificates)} certificates where one belongs")
+    der = certificates[0].public_bytes(serialization.Encoding.DER)
+    if not der.endswith(b"\0" + certificates[0].signature):
+        raise ValueError("its signature is not a whole number of bytes")  # the library lets it pass
     return certificates[0]
 
 

@@ -113,9 +113,8 @@ class HostVerifier:
     def verify(self, signature: bytes, data: bytes) -> None:
         """Return when the peer signed `data`; raises VerificationFailed when not."""
         try:
-            ed25519.Ed25519PublicKey.from_public_bytes(public_of_peer_id(self.peer_id)).verify(
-                signature, data
-            )
+            public = ed25519.Ed25519PublicKey.from_public_bytes(public_of_peer_id(self.peer_id))
+            public.verify(signature, data)
         except (InvalidSignature, ValueError) as error:
             raise VerificationFailed(f"not signed by peer {self.peer_id}") from error
 

@@ -7,7 +7,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.peer.id import ID
 from libp2p.security.tls.certificate import verify_certificate_chain
@@ -68,12 +68,12 @@ def rebuilt(
 
 
 def test_a_stolen_extension_proves_nothing() -> None:
-    with pytest.raises(PeerError, match="without proof"):
+    with pytest.raises(PeerError, match="proves no peer id"):
         peer_id_of(rebuilt(), NOW)
 
 
 def test_a_certificate_without_the_extension_is_refused() -> None:
-    with pytest.raises(PeerError, match="without proof"):
+    with pytest.raises(PeerError, match="proves no peer id"):
         peer_id_of(rebuilt(extension=False), NOW)
 
 
@@ -94,13 +94,13 @@ def test_two_certificates_are_not_one() -> None:
         peer_id_of(CERTIFICATE.pem * 100, NOW)
 
 
-@given(at=st.integers(0, len(DER) - 1), bit=st.integers(0, 7))
-@settings(max_examples=200)
-def test_no_bit_of_a_certificate_can_be_flipped(at: int, bit: int) -> None:
-    data = bytearray(DER)
-    data[at] ^= 1 << bit
-    with pytest.raises(PeerError):
-        peer_id_of(ssl.DER_cert_to_PEM_cert(bytes(data)).encode(), NOW)
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+def test_no_bit_of_a_certificate_can_be_flipped() -> None:
+    for at in range(8 * len(DER)):
+        data = bytearray(DER)
+        data[at // 8] ^= 1 << at % 8
+        with pytest.raises(PeerError):
+            peer_id_of(ssl.DER_cert_to_PEM_cert(bytes(data)).encode(), NOW)
 
 
 @given(data=st.binary(max_size=300))
