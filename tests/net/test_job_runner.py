@@ -1,0 +1,142 @@
+"""A job survives what interrupts it: its steps are kept, its watchers see every state, its end is final."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from node.domain.job import Created, Job, JobKind, JobState
+from node.errors import LocalError, Unreachable
+from node.jobs.journal import Journal
+from node.jobs.runner import Attempt, Jobs, Work
+
+MERGE = Created(kind=JobKind.MERGE, title="linear of 2", request={"recipe": "r.yml"})
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal.open(tmp_path / "node.db")
+    yield journal
+    journal.close()
+
+
+def jobs_of(journal: Journal, work: Work) -> Jobs:
+    ticks = iter(range(1, 10_000))
+    return Jobs(journal, {JobKind.MERGE: work}, clock=lambda: float(next(ticks)))
+
+
+async def ended(jobs: Jobs, job_id: str) -> Job:
+    return [view async for view in jobs.watch(job_id)][-1].job
+
+
+@pytest.mark.anyio
+async def test_a_job_runs_to_its_result_and_its_watcher_sees_the_end(journal: Journal) -> None:
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        attempt.enter(JobState.MERGING)
+        attempt.progress("tensors", 1, 2)
+        await asyncio.sleep(0)
+        return {"recipe": attempt.request["recipe"]}
+
+    async with jobs_of(journal, work) as jobs:
+        jobs.start("a", MERGE)
+        views = [view async for view in jobs.watch("a")]
+    assert views[-1].job.state is JobState.SUCCEEDED
+    assert views[-1].job.result == {"recipe": "r.yml"}
+    assert any(view.progress and view.progress.done == 1 for view in views)
+
+
+@pytest.mark.anyio
+async def test_asking_twice_with_one_id_starts_once(journal: Journal) -> None:
+    runs = []
+
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        runs.append(attempt.job.id)
+        return {}
+
+    async with jobs_of(journal, work) as jobs:
+        jobs.start("a", MERGE)
+        jobs.start("a", MERGE)
+        await ended(jobs, "a")
+        jobs.start("a", MERGE)
+    assert runs == ["a"]
+
+
+@pytest.mark.anyio
+async def test_an_interrupted_job_is_taken_up_with_the_steps_it_had_reached(journal: Journal) -> None:
+    interrupted, computed = asyncio.Event(), []
+
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        if attempt.reached("plan") is None:
+            computed.append("plan")
+            attempt.reach("plan", "sha256:1")
+            interrupted.set()
+            await asyncio.Event().wait()
+        return {"plan": attempt.reached("plan")}
+
+    async with jobs_of(journal, work) as jobs:
+        jobs.start("a", MERGE)
+        await interrupted.wait()
+    assert journal.load("a").state is JobState.QUEUED
+
+    async with jobs_of(journal, work) as jobs:
+        assert jobs.resume_unfinished() == 1
+        job = await ended(jobs, "a")
+    assert (job.result, job.attempts, computed) == ({"plan": "sha256:1"}, 2, ["plan"])
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_job_has_ended_and_can_be_resumed(journal: Journal) -> None:
+    started = asyncio.Event()
+
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        if attempt.job.attempts == 1:
+            started.set()
+            await asyncio.Event().wait()
+        return {}
+
+    async with jobs_of(journal, work) as jobs:
+        jobs.start("a", MERGE)
+        await started.wait()
+        assert (await jobs.cancel("a")).state is JobState.CANCELLED
+        assert (await jobs.cancel("a")).state is JobState.CANCELLED
+        jobs.resume("a")
+        assert (await ended(jobs, "a")).state is JobState.SUCCEEDED
+
+
+@pytest.mark.anyio
+async def test_a_failure_says_why_and_what_to_do_next(journal: Journal) -> None:
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        raise Unreachable("nobody answers", hint="weft peers")
+
+    async with jobs_of(journal, work) as jobs:
+        jobs.start("a", MERGE)
+        job = await ended(jobs, "a")
+    assert job.error == {
+        "kind": "Unreachable",
+        "why": "nobody answers",
+        "hint": "weft peers",
+        "exit_code": 4,
+        "problems": [],
+    }
+
+
+@pytest.mark.anyio
+async def test_a_running_job_is_not_resumed_beside_itself(journal: Journal) -> None:
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async with jobs_of(journal, work) as jobs:
+        jobs.start("a", MERGE)
+        await asyncio.sleep(0)
+        with pytest.raises(LocalError, match="is running"):
+            jobs.resume("a")
+        watcher: AsyncIterator[Any] = jobs.watch("a")
+        assert (await anext(watcher)).job.state is JobState.QUEUED
