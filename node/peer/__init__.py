@@ -4,6 +4,7 @@ ports         what serving asks of the rest of the node: Shelf, HeldModel, Entit
 admitted      whose certificates are accepted now
 credentials   how two nodes hand each other their certificates, over the authenticated libp2p stream
 status        node.errors as google.rpc.Status, and back
+transport     the options that both ends use
 server        the Peer service
 client        one peer's Peer service, from the other side: a Holder for node.exchange
 """

@@ -26,7 +26,7 @@ class Span(Protocol):
 
 
 class HeldModel(Protocol):
-    """One expert on this machine as one publisher signed it: a flat directory, and what was measured of it."""
+    """One expert on this machine as one publisher signed it: a flat directory and its measure."""
 
     @property
     def model_id(self) -> ModelId:

@@ -1,0 +1,74 @@
+"""What a peer says it holds of one model, and the parts of it that another peer asks for."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+
+from merge_core.digest import Digest, ModelId
+
+MAX_FILES = 10_000
+MAX_FILE_SIZE = 1 << 46
+MAX_PATH = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """A model as one publisher signed it; None stands for any publisher."""
+
+    model_id: ModelId
+    publisher: Digest | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteRange:
+    """Bytes [offset, offset + length) of one tensor."""
+
+    tensor: str
+    offset: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.offset < 0 or self.length < 0:
+            raise ValueError(f"a range that starts at {self.offset} and has {self.length} bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldFile:
+    """One file of a flat published directory; its name can be written to disk as it is."""
+
+    path: str
+    size: int
+
+    def __post_init__(self) -> None:
+        if not is_flat_name(self.path) or not 0 <= self.size <= MAX_FILE_SIZE:
+            raise ValueError(f"a file {self.path[:80]!r} of {self.size} bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """The files that a peer says it has, sorted by name; a claim until each is checked."""
+
+    publisher: Digest
+    files: tuple[HeldFile, ...]
+
+    def __post_init__(self) -> None:
+        folded = [file.path.casefold() for file in self.files]
+        if len(folded) > MAX_FILES or len(set(folded)) != len(folded):
+            raise ValueError("too many files, or two with one name")
+
+    def size_of(self, path: str) -> int | None:
+        """The claimed size of a file in bytes; None when it is not listed."""
+        return next((file.size for file in self.files if file.path == path), None)
+
+
+def is_flat_name(text: str) -> bool:
+    """Whether a name is one visible, printable, NFC component of at most 255 bytes on any file system."""
+    return (
+        0 < len(text.encode("utf-8", "replace")) <= MAX_PATH
+        and not text.startswith(".")
+        and not text.endswith((".", " "))
+        and text.isprintable()
+        and not set(text) & set('/\\:*?"<>|')
+        and unicodedata.is_normalized("NFC", text)
+    )

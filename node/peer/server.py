@@ -1,0 +1,258 @@
+"""The Peer service: the bytes of this node's experts, for admitted peers, over mutual TLS.
+
+Rules: the caller is who its certificate says, looked up again on every call, so that a dismissed peer is
+refused on the connection it has; weights and files go only where an agreement covers them, everything else
+(description, manifest, leaf table, fingerprint, config.json) to any admitted peer; every write has a
+deadline, so that a reader which stops reading costs no more than that; only regular files are served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from merge_core.checkpoint.merkle import LEAF_SIZE
+from merge_core.digest import Digest
+from merge_core.errors import MergeCoreError
+from node.domain.holding import ByteRange, HeldFile, Holding, ModelRef
+from node.domain.ids import PeerId
+from node.domain.reasons import Reason
+from node.errors import LocalError, Refused
+from node.identity.certificates import TlsCertificate
+from node.peer.admitted import Admitted
+from node.peer.ports import Entitlements, HeldModel, Shelf
+from node.peer.status import abort
+from node.peer.transport import OPTIONS, SERVICE
+from node.wire import peer as wire
+from node.wire.v1 import peer_pb2 as pb
+
+FREE_FILES = frozenset({"config.json"})
+"""Files that planning needs, before there can be an agreement."""
+MAX_CALLS = 256
+WRITE_DEADLINE = 60.0
+"""Seconds that a caller may take to accept one piece of 1 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes to read at an offset of an open file."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+class PeerServer:
+    """A listening Peer service; `start` and `stop` belong to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        shelf: Shelf,
+        entitlements: Entitlements,
+        admitted: Admitted,
+        certificate: TlsCertificate,
+        write_deadline: float = WRITE_DEADLINE,
+    ) -> None:
+        self._shelf = shelf
+        self._entitlements = entitlements
+        self._admitted = admitted
+        self._certificate = certificate
+        self._write_deadline = write_deadline
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="peer-read")
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, address: str) -> int:
+        """Listen on host:port (0: any free port) and return the port; raises LocalError when it is taken."""
+        server = grpc.aio.server(
+            options=(*OPTIONS, ("grpc.so_reuseport", 0)), maximum_concurrent_rpcs=MAX_CALLS
+        )
+        server.add_generic_rpc_handlers((self._handlers(),))
+        try:
+            port = int(server.add_secure_port(address, self._credentials()))
+        except RuntimeError as error:
+            raise LocalError(
+                f"cannot listen for peers on {address}: the port is in use or not ours",
+                hint="set another one: weft up --peer-api HOST:PORT",
+            ) from error
+        await server.start()
+        self._server = server
+        return port
+
+    async def stop(self, grace: float = 1.0) -> None:
+        """Take no more calls, give those that run `grace` seconds, then close."""
+        if self._server is not None:
+            await self._server.stop(grace)
+            self._server = None
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _credentials(self) -> Any:
+        seen: list[tuple[bytes, ...]] = [()]
+        own = (self._certificate.key_pem, self._certificate.pem)
+
+        def configuration() -> Any:
+            # A root set must not be empty. Our own certificate opens nothing: it is no admitted peer's.
+            roots = self._admitted.certificates() or (self._certificate.pem,)
+            if roots == seen[0]:
+                return None
+            seen[0] = roots
+            return grpc.ssl_server_certificate_configuration([own], root_certificates=b"".join(roots))
+
+        return grpc.dynamic_ssl_server_credentials(
+            configuration(), configuration, require_client_authentication=True
+        )
+
+    def _handlers(self) -> Any:
+        streams: dict[str, tuple[Any, Any]] = {
+            "ReadManifest": (self._manifest, pb.ReadManifestRequest),
+            "ReadLeafTable": (self._leaf_table, pb.ReadLeafTableRequest),
+            "ReadFingerprint": (self._fingerprint, pb.ReadFingerprintRequest),
+            "ReadFile": (self._file, pb.ReadFileRequest),
+            "ReadLeaves": (self._leaves, pb.ReadLeavesRequest),
+        }
+        handlers = {
+            name: grpc.unary_stream_rpc_method_handler(
+                self._answer(method), request_deserializer=message.FromString
+            )
+            for name, (method, message) in streams.items()
+        }
+        handlers["Describe"] = grpc.unary_unary_rpc_method_handler(
+            self._describe,
+            request_deserializer=pb.DescribeRequest.FromString,
+            response_serializer=pb.DescribeResponse.SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def _caller(self, context: Any) -> PeerId:
+        pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
+        peer = self._admitted.peer_of(pem)
+        if peer is None:
+            raise Refused(Reason.PEER_NOT_ALLOWED, "exchange certificates first")
+        return peer
+
+    async def _describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
+        try:
+            self._caller(context)
+            held = self._open(wire.parse_model_ref(request.model))
+        except Refused as refused:
+            await abort(context, refused)
+        files = tuple(HeldFile(path=path, size=size) for path, size in sorted(held.files.items()))
+        return wire.holding(Holding(publisher=Digest(held.publisher), files=files))
+
+    def _answer(self, method: Callable[[PeerId, Any], AsyncIterator[bytes]]) -> Any:
+        """Wrap a stream of bytes: who calls, a deadline on every write, and what its errors become."""
+
+        async def handler(request: Any, context: Any) -> None:
+            try:
+                async for data in method(self._caller(context), request):
+                    async with asyncio.timeout(self._write_deadline):
+                        await context.write(data)
+            except TimeoutError:
+                await abort(context, Refused(Reason.BUSY, "the pieces were not accepted in time"))
+            except (Refused, OSError, MergeCoreError, LocalError) as error:
+                await abort(context, error)
+
+        return handler
+
+    async def _manifest(self, peer: PeerId, request: pb.ReadManifestRequest) -> AsyncIterator[bytes]:
+        for data in _cut(self._open(wire.parse_model_ref(request.model)).manifest):
+            yield data
+
+    async def _leaf_table(self, peer: PeerId, request: pb.ReadLeafTableRequest) -> AsyncIterator[bytes]:
+        for data in _cut(self._open(wire.parse_model_ref(request.model)).leaf_table):
+            yield data
+
+    async def _fingerprint(self, peer: PeerId, request: pb.ReadFingerprintRequest) -> AsyncIterator[bytes]:
+        for data in _cut(self._open(wire.parse_model_ref(request.model)).fingerprint):
+            yield data
+
+    async def _file(self, peer: PeerId, request: pb.ReadFileRequest) -> AsyncIterator[bytes]:
+        ref, path, offset, length = wire.parse_read_file_request(request)
+        held = self._open(ref)
+        if path not in held.files or offset + length > held.files[path]:
+            raise Refused(Reason.MALFORMED, "no such bytes of a published file")
+        if path not in FREE_FILES:
+            self._entitlements.covers(peer, ref.model_id, length)
+        with ExitStack() as stack:
+            fd = _open_regular(held.directory / path, stack)
+            async for data in self._read(list(_pieces(fd, offset, offset + length, offset))):
+                yield data
+
+    async def _leaves(self, peer: PeerId, request: pb.ReadLeavesRequest) -> AsyncIterator[bytes]:
+        ref, ranges = wire.parse_read_leaves_request(request)
+        held = self._open(ref)
+        _check_ranges(held, ranges)
+        self._entitlements.covers(peer, ref.model_id, sum(r.length for r in ranges))
+        with ExitStack() as stack:
+            fds: dict[str, int] = {}
+            pieces: list[Piece] = []
+            for r in ranges:
+                path, span = held.tensors[r.tensor]
+                if path not in fds:
+                    fds[path] = _open_regular(held.directory / path, stack)
+                start = span.begin + r.offset
+                pieces.extend(_pieces(fds[path], start, start + r.length, span.begin))
+            async for data in self._read(pieces):
+                yield data
+
+    def _open(self, ref: ModelRef) -> HeldModel:
+        return self._shelf.open(ref.model_id, ref.publisher)
+
+    async def _read(self, pieces: Sequence[Piece]) -> AsyncIterator[bytes]:
+        """Read pieces in order, the next one while the last one is sent; raises OSError on a short file."""
+        loop = asyncio.get_running_loop()
+        ahead: Awaitable[bytes] | None = None
+        try:
+            for i, piece in enumerate(pieces):
+                data = await (ahead or loop.run_in_executor(self._pool, _pread, piece))
+                ahead = (
+                    loop.run_in_executor(self._pool, _pread, pieces[i + 1]) if i + 1 < len(pieces) else None
+                )
+                yield data
+        finally:
+            if ahead is not None:
+                # The file must stay open until nobody reads it: its number may soon be another file's.
+                await asyncio.wait([asyncio.ensure_future(ahead)])
+
+
+def _check_ranges(held: HeldModel, ranges: Sequence[ByteRange]) -> None:
+    for r in ranges:
+        if r.tensor not in held.tensors:
+            raise Refused(Reason.MALFORMED, "no such tensor")
+        span = held.tensors[r.tensor][1]
+        if r.offset + r.length > span.end - span.begin:
+            raise Refused(Reason.MALFORMED, "a range beyond the end of its tensor")
+
+
+def _open_regular(path: Path, stack: ExitStack) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _pieces(fd: int, begin: int, end: int, origin: int) -> Iterator[Piece]:
+    """Cut [begin, end) of a file where multiples of 1 MiB after `origin` lie."""
+    while begin < end:
+        stop = min(end, origin + ((begin - origin) // LEAF_SIZE + 1) * LEAF_SIZE)
+        yield Piece(fd, begin, stop - begin)
+        begin = stop
+
+
+def _pread(piece: Piece) -> bytes:
+    data = os.pread(piece.fd, piece.length, piece.offset)
+    if len(data) != piece.length:
+        raise OSError("a published file is shorter than it was")
+    return data
+
+
+def _cut(data: bytes) -> Iterator[bytes]:
+    for at in range(0, len(data), LEAF_SIZE):
+        yield data[at : at + LEAF_SIZE]

@@ -1,0 +1,18 @@
+"""What both ends of the peer port agree on: the service's name, and the options of every connection."""
+
+from __future__ import annotations
+
+SERVICE = "weft.v1.Peer"
+MAX_MESSAGE = 4 << 20
+
+OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_metadata_size", 16 << 10),
+    # The one option that was measured to help throughput.
+    ("grpc.http2.write_buffer_size", 4 << 20),
+    # No compression from anybody: the only bit set is "identity".
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
