@@ -1,7 +1,7 @@
 """Where a tensor sits in a transformer, read from its name: which layer, and in which role.
 
-Covers the usual names of decoder models on the Hugging Face hub (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, Bloom,
-Falcon, MPT). A name that says nothing is OTHER, with its layer if it has one.
+Covers the usual names of decoder models on the Hugging Face hub (Llama, Mistral, Qwen, Gemma, Phi, GPT-2,
+GPT-NeoX, Bloom, Falcon, MPT). A name that says nothing is OTHER, with its layer if it has one.
 """
 
 from __future__ import annotations

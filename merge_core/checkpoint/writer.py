@@ -3,7 +3,8 @@
 Everything goes into the hidden folder `.NAME.partial` beside the target. The weight files are preallocated
 there with their headers, so a full disk shows at once; tensor bytes are written at their final place, in any
 order, by any thread. What a crash leaves behind is opened again with the same tensors and keeps its bytes:
-which of them are good is the caller's to know (a journal) and to check. `commit` makes all durable and renames.
+which of them are good is the caller's to know (a journal) and to check. `commit` makes all durable, then
+renames it.
 
     with CheckpointWriter.create(target, tensors) as writer:
         writer.write("model.norm.weight", 0, data)
@@ -317,9 +318,8 @@ def _explained(target: Path) -> Iterator[None]:
             raise CannotWrite(
                 f"{target} exists and is not empty", hint="name another output, or remove it first"
             ) from error
-        raise CannotWrite(
-            f"{target} cannot be written: {error.strerror}", hint=f"ls -ld {target.parent}"
-        ) from error
+        why = f"{target} cannot be written: {error.strerror}"
+        raise CannotWrite(why, hint=f"ls -ld {target.parent}") from error
 
 
 def clone_tree(files: Mapping[str, Path], destination: Path) -> dict[str, str]:
