@@ -38,18 +38,22 @@ async def ended(jobs: Jobs, job_id: str) -> Job:
 
 @pytest.mark.anyio
 async def test_a_job_runs_to_its_result_and_its_watcher_sees_the_end(journal: Journal) -> None:
+    seen = asyncio.Event()
+
     async def work(attempt: Attempt) -> dict[str, Any]:
         attempt.enter(JobState.MERGING)
         attempt.progress("tensors", 1, 2)
-        await asyncio.sleep(0)
+        await seen.wait()
         return {"recipe": attempt.request["recipe"]}
 
     async with jobs_of(journal, work) as jobs:
         jobs.start("a", MERGE)
-        views = [view async for view in jobs.watch("a")]
-    assert views[-1].job.state is JobState.SUCCEEDED
-    assert views[-1].job.result == {"recipe": "r.yml"}
-    assert any(view.progress and view.progress.done == 1 for view in views)
+        async for view in jobs.watch("a"):
+            if view.progress:
+                assert (view.job.state, view.progress.done) == (JobState.MERGING, 1)
+                seen.set()
+    assert view.job.state is JobState.SUCCEEDED
+    assert view.job.result == {"recipe": "r.yml"}
 
 
 @pytest.mark.anyio
