@@ -104,6 +104,11 @@ class NodeStub:
                 request_serializer=node_dot_wire_dot_v1_dot_control__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=node_dot_wire_dot_v1_dot_control__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/weft.v1.Node/ResumeJob',
+                request_serializer=node_dot_wire_dot_v1_dot_control__pb2.ResumeJobRequest.SerializeToString,
+                response_deserializer=node_dot_wire_dot_v1_dot_control__pb2.ResumeJobResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -203,6 +208,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResumeJob(self, request, context):
+        """Take up a job that failed or was cancelled, from the step it had reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -275,6 +287,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=node_dot_wire_dot_v1_dot_control__pb2.CancelJobRequest.FromString,
                     response_serializer=node_dot_wire_dot_v1_dot_control__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=node_dot_wire_dot_v1_dot_control__pb2.ResumeJobRequest.FromString,
+                    response_serializer=node_dot_wire_dot_v1_dot_control__pb2.ResumeJobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -655,6 +672,33 @@ class Node:
             '/weft.v1.Node/CancelJob',
             node_dot_wire_dot_v1_dot_control__pb2.CancelJobRequest.SerializeToString,
             node_dot_wire_dot_v1_dot_control__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.Node/ResumeJob',
+            node_dot_wire_dot_v1_dot_control__pb2.ResumeJobRequest.SerializeToString,
+            node_dot_wire_dot_v1_dot_control__pb2.ResumeJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,128 @@
+"""The control API from a command line: one blocking call each, errors typed, answers as protobuf messages.
+
+with ControlClient.connect(Home.default()) as node:
+    node.status().peer_id
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from node.control import running
+from node.control.status import from_rpc_error
+from node.home import Home
+from node.wire.v1 import control_pb2 as pb
+from node.wire.v1 import control_pb2_grpc
+
+DEADLINE = 30.0
+"""Seconds for a call that only looks; what talks to peers may take PEERS_DEADLINE."""
+PEERS_DEADLINE = 120.0
+PAGE = 500
+
+
+class ControlClient:
+    """A connection to the node of one home; close it, or use it as a context manager."""
+
+    def __init__(self, control_api: str, token: str) -> None:
+        self._channel = grpc.insecure_channel(control_api)
+        self._stub = control_pb2_grpc.NodeStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    @classmethod
+    def connect(cls, home: Home) -> Self:
+        """Reach the node that runs for `home`; raises NodeNotRunning."""
+        return cls(running.require(home).control_api, running.read_token(home))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    def status(self) -> pb.GetStatusResponse:
+        """Who the node is, where it listens and how it does."""
+        return self._call(self._stub.GetStatus, pb.GetStatusRequest())
+
+    def shutdown(self) -> None:
+        """Ask the node to stop; it answers before it does."""
+        self._call(self._stub.Shutdown, pb.ShutdownRequest())
+
+    def peers(self) -> list[pb.PeerView]:
+        """Every connected peer."""
+        pages = self._pages(self._stub.ListPeers, pb.ListPeersRequest)
+        return [peer for page in pages for peer in page.peers]
+
+    def invite(self) -> str:
+        """A ticket with which another node joins."""
+        ticket: str = self._call(self._stub.CreateInvite, pb.CreateInviteRequest()).ticket
+        return ticket
+
+    def join(self, ticket: str) -> pb.JoinNetworkResponse:
+        """Connect to the node that made the ticket, now and after every restart."""
+        return self._call(self._stub.JoinNetwork, pb.JoinNetworkRequest(ticket=ticket), PEERS_DEADLINE)
+
+    def announce(self) -> pb.AnnounceResponse:
+        """Tell the peers what lies on the shelf now."""
+        return self._call(self._stub.Announce, pb.AnnounceRequest())
+
+    def search(self, query: str) -> list[pb.Expert]:
+        """Experts in the catalogue whose words match."""
+        pages = self._pages(self._stub.SearchExperts, pb.SearchExpertsRequest, query=query)
+        return [expert for page in pages for expert in page.experts]
+
+    def plan(self, recipe: str) -> pb.PlanMergeResponse:
+        """Resolve and seal a recipe (YAML) without moving anything."""
+        return self._call(self._stub.PlanMerge, pb.PlanMergeRequest(recipe=recipe), PEERS_DEADLINE)
+
+    def start_merge(self, request: pb.StartMergeRequest) -> pb.Job:
+        """Start a merge, or return the job of the same request id."""
+        return self._call(self._stub.StartMerge, request, PEERS_DEADLINE).job
+
+    def start_get(self, request: pb.StartGetRequest) -> pb.Job:
+        """Start to fetch an expert."""
+        return self._call(self._stub.StartGet, request, PEERS_DEADLINE).job
+
+    def start_audit(self, request: pb.StartAuditRequest) -> pb.Job:
+        """Start to re-execute a merge."""
+        return self._call(self._stub.StartAudit, request, PEERS_DEADLINE).job
+
+    def jobs(self) -> list[pb.Job]:
+        """Every job, newest first."""
+        return [job for page in self._pages(self._stub.ListJobs, pb.ListJobsRequest) for job in page.jobs]
+
+    def watch(self, job_id: str) -> Iterator[pb.Job]:
+        """The job now and whenever it changes, until it has ended."""
+        try:
+            for update in self._stub.WatchJob(pb.WatchJobRequest(id=job_id), metadata=self._metadata):
+                yield update.job
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def cancel(self, job_id: str) -> pb.Job:
+        """Stop a job."""
+        return self._call(self._stub.CancelJob, pb.CancelJobRequest(id=job_id)).job
+
+    def resume(self, job_id: str) -> pb.Job:
+        """Take up a job that failed or was cancelled."""
+        return self._call(self._stub.ResumeJob, pb.ResumeJobRequest(id=job_id)).job
+
+    def _call(self, method: Callable[..., Any], request: Any, deadline: float = DEADLINE) -> Any:
+        try:
+            return method(request, metadata=self._metadata, timeout=deadline)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def _pages(self, method: Callable[..., Any], request: type, **fields: Any) -> Iterator[Any]:
+        token = ""
+        while True:
+            page = self._call(method, request(page_size=PAGE, page_token=token, **fields))
+            yield page
+            token = page.next_page_token
+            if not token:
+                return
