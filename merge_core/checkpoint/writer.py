@@ -327,7 +327,8 @@ def clone_tree(files: Mapping[str, Path], destination: Path) -> dict[str, str]:
 
     Each file is a reflink, else a hardlink, else a copy; which one is returned by name. A source that is a
     symlink is followed. Nothing is ever written to a source, and a hardlink must not be written through.
-    On any error the folder is removed. Raises CorruptCheckpoint on a name that cannot be published, CannotWrite.
+    On any error the folder is removed. Raises CorruptCheckpoint on a bad name, CannotWrite
+    where the folder exists or the disk is full.
     """
     check_names(files)
     with _explained(destination):
