@@ -1,0 +1,202 @@
+"""How results look to a person: plain tables on stdout, a live line for long work on stderr.
+
+Every function takes the data that `--json` prints, so that the two can never disagree.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from node.cli.output import Output, size, table
+
+Data = dict[str, Any]
+Show = Callable[[Data], None]
+
+_WORDS = {
+    "queued": "waiting to start",
+    "waiting_for_peers": "waiting for peers",
+    "fetching": "fetching",
+    "merging": "merging",
+    "verifying": "verifying",
+}
+
+
+@contextmanager
+def live(out: Output) -> Iterator[Show]:
+    """A progress bar on stderr for as long as a job takes, with one line for each state it enters."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(compact=True),
+        console=out.story_console,
+        transient=True,
+        disable=out.as_json or not sys.stderr.isatty(),
+    ) as bar:
+        yield _Follower(out, bar)
+
+
+class _Follower:
+    """Tell a job's story: one line a state, one bar for the step at hand."""
+
+    def __init__(self, out: Output, bar: Progress) -> None:
+        self._out = out
+        self._bar = bar
+        self._task: TaskID = bar.add_task("", total=None, amount="")
+        self._told = ""
+
+    def __call__(self, job: Data) -> None:
+        state = str(_WORDS.get(job["state"], job["state"]))
+        words = f"{state}: {job['waiting_on']}" if job["waiting_on"] else state
+        if words != self._told and job["state"] in _WORDS:
+            self._told = words
+            self._out.say(f"[dim]·[/] {escape(words)}")
+        progress = job.get("progress")
+        if progress:
+            self._bar.update(
+                self._task,
+                description=escape(progress["what"]),
+                completed=progress["done"],
+                total=progress["total"] or None,
+                amount=f"{size(progress['done'])} of {size(progress['total'])}",
+            )
+
+
+def status(console: Console, data: Data) -> None:
+    """Who the node is and how it does."""
+    rows = [
+        ("peer id", data["peer_id"]),
+        ("network", data["network"]),
+        *(("address", address) for address in data["addresses"]),
+        ("peer port", data["peer_api"]),
+        ("peers", data["peers"]),
+        ("experts", data["experts"]),
+        ("jobs running", data["jobs_running"]),
+        ("up", _duration(data["up_seconds"])),
+        ("home", data["home"]),
+        ("pid", data["pid"]),
+    ]
+    _pairs(console, rows)
+
+
+def peers(console: Console, rows: list[Data]) -> None:
+    """One line a peer."""
+    if not rows:
+        console.print("no peers yet; another node joins with the ticket of: weft invite")
+        return
+    console.print(
+        table(
+            "",
+            ("peer", "direction", "round trip", "experts", "address"),
+            (
+                (
+                    p["peer_id"],
+                    p["direction"],
+                    f"{p['latency_ms']:.1f} ms" if p["latency_ms"] >= 0 else "-",
+                    p["experts"],
+                    (p["addresses"] or ["-"])[0],
+                )
+                for p in rows
+            ),
+        )
+    )
+
+
+def experts(console: Console, rows: list[Data]) -> None:
+    """One line an expert, with who holds it."""
+    if not rows:
+        console.print("nothing found; share an expert with: weft add DIR")
+        return
+    console.print(
+        table(
+            "",
+            ("name", "model id", "architecture", "licence", "size", "holders"),
+            (
+                (e["name"], e["model_id"], e["architecture"], e["licence"], size(e["size"]), _holders(e))
+                for e in rows
+            ),
+        )
+    )
+
+
+def _holders(expert: Data) -> str:
+    names = ["this node"] * bool(expert["local"]) + [peer[-6:] for peer in expert["holders"]]
+    return ", ".join(names)
+
+
+def plan(console: Console, data: Data) -> None:
+    """What a merge would read, move, need and write."""
+    rows = (
+        (
+            i["role"],
+            i["reference"],
+            i["model_id"],
+            i["licence"],
+            size(i["size"]),
+            "here" if i["local"] else ", ".join(p[-6:] for p in i["holders"]) or "nobody",
+        )
+        for i in data["inputs"]
+    )
+    console.print(table("", ("role", "model", "model id", "licence", "size", "where"), rows))
+    _pairs(
+        console,
+        [
+            ("plan", data["plan"]),
+            ("operator", data["operator"]),
+            ("tensors", data["tensors"]),
+            ("to fetch", size(data["fetch_bytes"])),
+            ("to write", size(data["output_bytes"])),
+            ("peak memory", size(data["peak_ram_bytes"])),
+        ],
+    )
+
+
+def merged(console: Console, out: Output, data: Data) -> None:
+    """The new model's id on stdout; what to do with it on stderr."""
+    out.say(f"The merged model lies in [bold]{escape(data['directory'])}[/]")
+    if data.get("unsigned"):
+        out.say("It is [yellow]unsigned[/]: there is no identity here. To sign: weft init, then merge again")
+    out.say(f"Check it: [bold]weft verify {escape(data['directory'])} --audit full[/]")
+    console.print(data["model_id"])
+
+
+def jobs(console: Console, rows: list[Data]) -> None:
+    """One line a job."""
+    if not rows:
+        console.print("no jobs; start one with: weft merge RECIPE -o DIR")
+        return
+    body = ((j["id"][:8], j["kind"], j["state"], j["waiting_on"] or "-", j["subject"]) for j in rows)
+    console.print(table("", ("job", "kind", "state", "waiting on", "subject"), body))
+
+
+def job(console: Console, data: Data) -> None:
+    """Where one job stands."""
+    rows = [
+        (key, data[key]) for key in ("id", "kind", "state", "waiting_on", "subject", "directory", "model_id")
+    ]
+    _pairs(console, [(key, value) for key, value in rows if value])
+
+
+def report(console: Console, data: Data) -> None:
+    """The green and red list of a verification."""
+    marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[yellow]![/]"}
+    for check in data["checks"]:
+        console.print(f"{marks[check['ok']]} {escape(check['name'])}  [dim]{escape(check['detail'])}[/]")
+
+
+def _pairs(console: Console, rows: Iterable[tuple[str, object]]) -> None:
+    for key, value in rows:
+        console.print(f"{key:<14}{escape(str(value))}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,76 @@
+"""What a recipe's `model:` may say: a directory here, a model id, a peer's model, or a name in the catalogue.
+
+    ./experts/math                      a directory on this machine
+    sha256:…                            a model id, whoever holds it
+    peer://12D3KooW…/sha256:…           a model id, from one peer
+    math-expert                         a name that the catalogue knows exactly once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_core.digest import ModelId
+from merge_core.errors import InvalidRecipe
+from merge_core.recipe import Recipe, rename
+from node.domain.ids import PeerId
+
+_PEER = "peer://"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDirectory:
+    """A directory on this machine, absolute."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A model by its id, from one peer when `peer` names it."""
+
+    model_id: ModelId
+    peer: PeerId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A name in the catalogue."""
+
+    name: str
+
+
+Reference = LocalDirectory | Published | Named
+
+
+def parse_reference(text: str, folder: Path) -> Reference:
+    """Read one reference; what looks like a path is one, relative to `folder`. Raises InvalidRecipe."""
+    try:
+        if text.startswith(_PEER):
+            peer, _, model = text.removeprefix(_PEER).partition("/")
+            return Published(ModelId(model), PeerId(peer))
+        if text.startswith("sha256:"):
+            return Published(ModelId(text))
+    except ValueError as error:
+        raise InvalidRecipe(f"{text[:120]}: {error}", hint="weft search") from error
+    path = folder / Path(text).expanduser()
+    if path.is_dir() or text.startswith((".", "/", "~")):
+        return LocalDirectory(path.absolute())
+    return Named(text)
+
+
+def is_local(recipe: Recipe, folder: Path) -> bool:
+    """Whether every model of the recipe is a directory on this machine: then no node is needed."""
+    return all(isinstance(parse_reference(model, folder), LocalDirectory) for model in recipe.models)
+
+
+def absolute(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with every local directory spelled absolutely, as another process can read it."""
+    return rename(recipe, _absolute_names(recipe, folder))
+
+
+def _absolute_names(recipe: Recipe, folder: Path) -> Mapping[str, str]:
+    references = {model: parse_reference(model, folder) for model in recipe.models}
+    return {m: str(r.path) for m, r in references.items() if isinstance(r, LocalDirectory)}
