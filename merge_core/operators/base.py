@@ -1,0 +1,177 @@
+"""What an operator is: a formula with a name, its parameters, and what it must know of a whole tensor first.
+
+Rules that keep the bits of the result the same on every machine, thread count and chunk size:
+
+- all arithmetic is on float32 tensors, element by element, models in plan order from left to right;
+- a product and a sum are two roundings: no fused multiply-add, `alpha=`, addcmul, lerp, `stack().sum(0)`;
+- a scalar meets a tensor as a float32 (`single`), so that no library decides how to round it;
+- what depends on a whole tensor is measured first, over chunks in index order, and lands in the Trace;
+  `apply` then needs one chunk and the traced values alone.
+
+An operator that cannot be split so declares WHOLE_TENSOR: it is audited by tolerance, not leaf by leaf.
+Nothing here imports torch: kernels use only the methods of the tensors they are handed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Value: TypeAlias = bool | float | tuple[float, ...]
+"""A resolved parameter: one for the merge, or one for each expert in plan order."""
+
+Parameters: TypeAlias = Mapping[str, Value]
+
+Traced: TypeAlias = Mapping[str, tuple[int, ...] | tuple[float, ...]]
+"""What `measure` found in the weights of one tensor; the names are the operator's `traces`."""
+
+T = TypeVar("T")
+
+
+class Exactness(Enum):
+    """What an audit can demand of an operator's output."""
+
+    ELEMENTWISE = "elementwise"
+    GIVEN_TRACE = "elementwise given the Trace"
+    WHOLE_TENSOR = "whole tensor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One setting of an operator; `default` None means that the recipe must give it.
+
+    `each` is true for a setting that every expert has for itself. A value lies in `low`..`high`, both
+    included, or above `low` where `open_low` says so.
+    """
+
+    name: str
+    default: float | bool | None = None
+    each: bool = False
+    flag: bool = False
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+
+    def fault(self, value: float) -> str | None:
+        """Why `value` is out of range, or None."""
+        below = self.low is not None and (value <= self.low if self.open_low else value < self.low)
+        above = self.high is not None and value > self.high
+        if not below and not above:
+            return None
+        low = "" if self.low is None else f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        high = "" if self.high is None else f"at most {self.high:g}"
+        return f"{self.name} is {value:g}; it must be {' and '.join(filter(None, (low, high)))}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A run of elements of every input: float32, one dimension, equal lengths.
+
+    `tensors` are in plan order, the base first where the operator needs one; `start` is the index of the
+    first element in the whole tensor.
+    """
+
+    tensors: tuple[Tensor, ...]
+    start: int
+
+
+class Stream(Protocol):
+    """One tensor's inputs, readable as often as a measurement needs."""
+
+    @property
+    def length(self) -> int:
+        """The number of elements."""
+        ...
+
+    def map(self, function: Callable[[Chunk], T]) -> Iterator[T]:
+        """Pass over all chunks; results come in index order, `function` may run on several threads.
+
+        Every chunk but the last holds a multiple of 4096 elements.
+        """
+        ...
+
+
+class Apply(Protocol):
+    """Compute one chunk of the output, float32, from the same chunk of every input."""
+
+    def __call__(self, chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor: ...
+
+
+class Measure(Protocol):
+    """Compute what `apply` must know of the whole tensor."""
+
+    def __call__(self, stream: Stream, parameters: Parameters) -> Traced: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """The declaration of one operator with its kernel.
+
+    `experts` bounds the number of inputs that are not the base. `passes` is how often `measure` reads the
+    tensors, at most. `traces` names what `measure` returns for
+    the given parameters and number of experts, with the number of values and whether they are ints.
+    """
+
+    name: str
+    cite: str
+    exactness: Exactness
+    needs_base: bool
+    experts: tuple[int, int | None]
+    parameters: tuple[Parameter, ...]
+    apply: Apply
+    measure: Measure | None = None
+    passes: int = 0
+    traces: Callable[[Parameters, int], Mapping[str, tuple[int, type]]] = lambda parameters, experts: {}
+
+    def parameter(self, name: str) -> Parameter | None:
+        """The declaration of one parameter, or None."""
+        return next((p for p in self.parameters if p.name == name), None)
+
+
+def single(value: float) -> float:
+    """Round to the nearest float32, to even, and return it as the Python float of the same value."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def number(parameters: Parameters, name: str) -> float:
+    """A parameter that holds for all experts."""
+    value = parameters[name]
+    if isinstance(value, tuple):
+        raise TypeError(f"{name} is given for each expert")
+    return float(value)
+
+
+def each(parameters: Parameters, name: str) -> tuple[float, ...]:
+    """A parameter that every expert has for itself, in plan order."""
+    value = parameters[name]
+    if not isinstance(value, tuple):
+        raise TypeError(f"{name} is given once for all experts")
+    return value
+
+
+def weighted_sum(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
+    """Σ wᵢ·xᵢ, left to right; each product and each sum is rounded to float32."""
+    total = tensors[0] * single(weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total = total + tensor * single(weight)
+    return total
+
+
+def sum_of(weights: tuple[float, ...]) -> float:
+    """Σ wᵢ left to right in float64, then float32; 1 where it vanishes, as mergekit has it.
+
+    A loop, because from Python 3.12 on `sum` compensates and so rounds differently.
+    """
+    total = 0.0
+    for weight in weights:
+        total += weight
+    return 1.0 if abs(total) < 1e-8 else single(total)

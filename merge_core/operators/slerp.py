@@ -1,0 +1,88 @@
+"""Slerp: from the base to one expert along the great circle (Shoemake 1985), tensor by tensor.
+
+`sin((1−t)θ)/sin θ · W₀ + sin(tθ)/sin θ · W₁`, θ the angle between the two tensors seen as vectors; the
+straight line where they are nearly collinear. The two factors are the Trace: they come from three sums over
+the whole tensor in float64 and from libm, and are applied as float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from merge_core.errors import Unmergeable
+from merge_core.operators.base import (
+    Chunk,
+    Exactness,
+    Operator,
+    Parameter,
+    Parameters,
+    Stream,
+    Traced,
+    number,
+    single,
+)
+from merge_core.operators.reductions import block_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLLINEAR = 0.9995
+"""The cosine, either way, beyond which the circle is a line: mergekit's threshold."""
+
+VANISHING = 1e-8
+"""A norm up to this is not divided by: mergekit's epsilon."""
+
+
+def _measure(stream: Stream, parameters: Parameters) -> Traced:
+    """Find the factors of base and expert from ⟨a,b⟩, ⟨a,a⟩ and ⟨b,b⟩.
+
+    Raises Unmergeable when a weight is not finite: there is no angle then.
+    """
+    dot = square_a = square_b = 0.0
+    for sums in stream.map(_products):
+        for a_b, a_a, b_b in sums:
+            dot += a_b
+            square_a += a_a
+            square_b += b_b
+    if not all(map(math.isfinite, (dot, square_a, square_b))):
+        raise Unmergeable(
+            "slerp needs finite weights, and a tensor holds NaN or infinity",
+            hint="leave out the model whose weights are damaged",
+        )
+    return {"factors": factors(dot, math.sqrt(square_a), math.sqrt(square_b), number(parameters, "t"))}
+
+
+def _products(chunk: Chunk) -> list[tuple[float, float, float]]:
+    a, b = (tensor.double() for tensor in chunk.tensors)
+    return list(zip(block_sums(a * b), block_sums(a * a), block_sums(b * b), strict=True))
+
+
+def factors(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float]:
+    """The factors (float32 values) of a and b at `t` for their inner product and norms."""
+    cosine = dot / (norm_a if norm_a > VANISHING else 1.0) / (norm_b if norm_b > VANISHING else 1.0)
+    if abs(cosine) > COLLINEAR:
+        return single(1.0 - t), single(t)
+    angle = math.acos(cosine)
+    sine = math.sin(angle)
+    return single(math.sin((1.0 - t) * angle) / sine), single(math.sin(t * angle) / sine)
+
+
+def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
+    """Add the two tensors, each times its traced factor."""
+    (a, b), (factor_a, factor_b) = chunk.tensors, traced["factors"]
+    return a * single(factor_a) + b * single(factor_b)
+
+
+SLERP = Operator(
+    name="slerp",
+    cite="doi:10.1145/325165.325242",
+    exactness=Exactness.GIVEN_TRACE,
+    needs_base=True,
+    experts=(1, 1),
+    parameters=(Parameter(name="t"),),
+    apply=_apply,
+    measure=_measure,
+    passes=1,
+    traces=lambda parameters, experts: {"factors": (2, float)},
+)

@@ -1,0 +1,116 @@
+"""The Trace: what execution had to compute from the weights before it could merge them.
+
+Angles and thresholds, tensor by tensor. An attestation binds its digest; an audit computes the values again,
+allows floats the last bits (they come from libm), and then applies the claimed ones exactly, so that every
+leaf follows from the plan, the Trace and the inputs. `Trace.parse(plan, trace.to_bytes()) == trace`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from merge_core.digest import Digest, canonical, parse_canonical, sha256
+from merge_core.errors import CorruptCheckpoint
+from merge_core.operators.base import Traced
+from merge_core.plan import MergePlan, TensorPlan, trace_shape
+
+MAX_TRACE = 64 << 20
+TOLERANCE = 1e-6
+"""How far, relatively, a float may lie from what an audit computes: it is one float32 rounding and libm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The traced values by tensor; tensors that needed none do not appear."""
+
+    tensors: Mapping[str, Traced]
+
+    def __getitem__(self, tensor: str) -> Traced:
+        """The values of one tensor: empty where it needed none."""
+        return self.tensors.get(tensor, {})
+
+    @cached_property
+    def digest(self) -> Digest:
+        """The digest of the canonical bytes."""
+        return sha256(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes: floats as hex, integers as they are."""
+        return canonical(
+            {
+                "version": 1,
+                "tensors": {name: write_values(traced) for name, traced in self.tensors.items()},
+            }
+        )
+
+    @classmethod
+    def parse(cls, plan: MergePlan, data: bytes) -> Trace:
+        """Read a trace that may come from anybody; raises CorruptCheckpoint unless it fits the plan."""
+        if len(data) > MAX_TRACE:
+            raise CorruptCheckpoint(f"a trace of {len(data)} bytes; at most {MAX_TRACE} are read")
+        try:
+            value = parse_canonical(data)
+            if not isinstance(value, dict) or set(value) != {"version", "tensors"} or value["version"] != 1:
+                raise ValueError("this weft reads version 1, with the key tensors")
+            claimed = value["tensors"]
+            needed = [tensor for tensor in plan.tensors if trace_shape(tensor)]
+            if not isinstance(claimed, dict) or claimed.keys() != {tensor.name for tensor in needed}:
+                raise ValueError("it lists other tensors than the plan needs")
+            return cls(tensors={t.name: read_values(t, claimed[t.name]) for t in needed})
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise CorruptCheckpoint(f"not the trace of this plan: {error}") from error
+
+
+def write_values(traced: Traced) -> dict[str, list[Any]]:
+    """The JSON value of one tensor's traced values."""
+    return {
+        name: [item.hex() if isinstance(item, float) else item for item in values]
+        for name, values in traced.items()
+    }
+
+
+def read_values(tensor: TensorPlan, value: Any) -> Traced:
+    """One tensor's traced values from JSON; raises ValueError or TypeError unless they fit its plan."""
+    shape = trace_shape(tensor)
+    if not isinstance(value, dict) or value.keys() != shape.keys():
+        raise ValueError(f"{tensor.name} needs exactly {sorted(shape)}")
+    traced: dict[str, Any] = {}
+    for name, (count, kind) in shape.items():
+        items = value[name]
+        if not isinstance(items, list) or len(items) != count:
+            raise ValueError(f"{name} of {tensor.name} needs {count} values")
+        traced[name] = tuple(_float(item) if kind is float else _integer(item) for item in items)
+    return traced
+
+
+def close(claimed: Traced, computed: Traced) -> bool:
+    """Whether two traces of one tensor agree: integers exactly, floats within TOLERANCE."""
+    return claimed.keys() == computed.keys() and all(
+        len(claimed[name]) == len(computed[name]) and all(map(_agree, claimed[name], computed[name]))
+        for name in claimed
+    )
+
+
+def _agree(claimed: float, computed: float) -> bool:
+    if isinstance(claimed, int) or isinstance(computed, int):
+        return claimed == computed
+    return math.isclose(claimed, computed, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+
+
+def _float(item: Any) -> float:
+    if not isinstance(item, str) or len(item) > 32:
+        raise ValueError("a hex float is needed")
+    value = float.fromhex(item)
+    if value.hex() != item or not math.isfinite(value):
+        raise ValueError("a finite hex float, as float.hex writes it, is needed")
+    return value
+
+
+def _integer(item: Any) -> int:
+    if type(item) is not int or not -1 <= item < 2**53:
+        raise ValueError("an integer from -1 to 2^53 - 1 is needed")
+    return item
