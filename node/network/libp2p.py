@@ -123,7 +123,7 @@ class Libp2pNetwork(Switchboard):
         async with self._lifecycle:
             if self.running:
                 return
-            await self._open()
+            self._open()
             try:
                 await self._launch()
             except BaseException:

@@ -132,7 +132,7 @@ class MemoryNetwork(Switchboard):
             return
         if self._transport in self._fabric.listening:
             raise LocalError(f"{self._transport} is in use")
-        await self._open()
+        self._open()
         self._fabric.listening[self._transport] = self
         self._spawn(watch_peers, self, self._limits)
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-import anyio
-from anyio.abc import TaskGroup
-
 from node.domain.ids import PeerId
 from node.errors import LocalError
 from node.network.base import (
@@ -60,9 +57,8 @@ class Switchboard:
         self._present: set[PeerId] = set()
         self._joined: set[PeerId] = set()
         self._latency: dict[PeerId, float] = {}
-        self._owner: asyncio.Task[None] | None = None
-        self._group: TaskGroup | None = None
-        self._closing = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._running = False
 
     @property
     def peer_id(self) -> PeerId:
@@ -72,7 +68,7 @@ class Switchboard:
     @property
     def running(self) -> bool:
         """Whether the network is started."""
-        return self._group is not None
+        return self._running
 
     async def start(self) -> None:
         """Listen; the implementation says how."""
@@ -110,37 +106,37 @@ class Switchboard:
 
     # -- the owner of every task ---------------------------------------------------------------------
 
-    async def _open(self) -> None:
-        """Start the task that owns all others, and the delivery of every topic."""
-        self._closing = asyncio.Event()
-        ready = asyncio.Event()
-        self._owner = asyncio.create_task(self._own(ready), name=f"network {self._peer_id.short}")
-        await ready.wait()
+    def _open(self) -> None:
+        """Become the owner of tasks, beginning with the delivery of every topic."""
+        self._running = True
         for topic in self._topics:
             self._spawn(self._pump, topic)
 
-    async def _own(self, ready: asyncio.Event) -> None:
-        async with anyio.create_task_group() as group:
-            self._group = group
-            ready.set()
-            try:
-                await self._closing.wait()
-            finally:
-                self._group = None
-            group.cancel_scope.cancel()
-
     async def _close(self) -> None:
         """Cancel everything that was spawned, wait for it, and report the peers as gone."""
-        self._closing.set()
-        if self._owner is not None:
-            await asyncio.wait([self._owner])
-            self._owner = None
+        self._running = False
+        tasks = self._tasks - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         for peer in sorted(self._present):
             self._peer_disconnected(peer)
 
     def _spawn(self, function: Callable[..., Coroutine[Any, Any, Any]], *arguments: object) -> None:
-        if self._group is not None:
-            self._group.start_soon(function, *arguments)
+        """Run a task until it ends or the network stops; a stopped network runs nothing.
+
+        Not a task group: those cannot be added to from a plain callback, which is what other threads send.
+        """
+        if self._running:
+            task = asyncio.get_running_loop().create_task(function(*arguments))
+            self._tasks.add(task)
+            task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the network failed", exc_info=error)
 
     # -- peers -----------------------------------------------------------------------------------------
 
