@@ -1,0 +1,133 @@
+"""Licences by their SPDX names: how an expert's licence is read from its card, and what an expression grants.
+
+A card says `license: apache-2.0` in the YAML between the dashes at its top; SPDX says `Apache-2.0`. What
+SPDX has no name for becomes a LicenseRef, what nobody said becomes NOASSERTION.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import yaml
+
+from node.domain.text import LICENCE
+from node.errors import UsageError
+
+NO_LICENCE = "NOASSERTION"
+CARD = "README.md"
+MAX_FRONT_MATTER = 64 << 10
+
+KNOWN = (
+    "0BSD",
+    "AFL-3.0",
+    "AGPL-3.0-only",
+    "AGPL-3.0-or-later",
+    "Apache-2.0",
+    "Artistic-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSD-3-Clause-Clear",
+    "BSL-1.0",
+    "CC-BY-2.0",
+    "CC-BY-3.0",
+    "CC-BY-4.0",
+    "CC-BY-NC-4.0",
+    "CC-BY-NC-ND-4.0",
+    "CC-BY-NC-SA-4.0",
+    "CC-BY-ND-4.0",
+    "CC-BY-SA-3.0",
+    "CC-BY-SA-4.0",
+    "CC0-1.0",
+    "CDLA-Permissive-2.0",
+    "ECL-2.0",
+    "EPL-2.0",
+    "EUPL-1.2",
+    "GPL-2.0-only",
+    "GPL-3.0-only",
+    "GPL-3.0-or-later",
+    "ISC",
+    "LGPL-3.0-only",
+    "MIT",
+    "MIT-0",
+    "MPL-2.0",
+    "MS-PL",
+    "NCSA",
+    "ODC-By-1.0",
+    "ODbL-1.0",
+    "OSL-3.0",
+    "PDDL-1.0",
+    "PostgreSQL",
+    "Unlicense",
+    "WTFPL",
+    "Zlib",
+)
+"""The SPDX names that model cards use; others are kept as they are written."""
+
+_ALIASES = {"agpl-3.0": "AGPL-3.0-only", "gpl-2.0": "GPL-2.0-only", "gpl-3.0": "GPL-3.0-only"} | {
+    "lgpl-3.0": "LGPL-3.0-only",
+    "pddl": "PDDL-1.0",
+    "odbl": "ODbL-1.0",
+    "cc": NO_LICENCE,
+    "unknown": NO_LICENCE,
+    "": NO_LICENCE,
+}
+_BY_FOLDED = {name.casefold(): name for name in (*KNOWN, NO_LICENCE)} | _ALIASES
+_COMPOUND_OR_REFERENCE = re.compile(r"(?i)licenseref-.+|.*[ ()].*")
+
+
+def spdx(text: str) -> str:
+    """The SPDX spelling of a licence as people write it: `mit` is MIT, `llama3` is LicenseRef-llama3."""
+    name = " ".join(text.split())
+    known = _BY_FOLDED.get(name.casefold())
+    if known is not None:
+        return known
+    if _COMPOUND_OR_REFERENCE.fullmatch(name):
+        return name if LICENCE.fullmatch(name) else NO_LICENCE
+    reference = "LicenseRef-" + re.sub(r"[^A-Za-z0-9.\-]+", "-", name).strip("-")
+    return reference if LICENCE.fullmatch(reference) and len(reference) > 11 else NO_LICENCE
+
+
+def stated(text: str) -> str:
+    """The SPDX spelling of a licence that the user named; raises UsageError when it can be none."""
+    name = spdx(text)
+    if not LICENCE.fullmatch(" ".join(text.split())):
+        raise UsageError(f"{text[:80]!r} is not an SPDX licence", hint="weft add DIR --license Apache-2.0")
+    return name
+
+
+def of_card(directory: Path) -> str:
+    """The licence in the front matter of a directory's README.md; NOASSERTION when it says none."""
+    try:
+        with (directory / CARD).open("rb") as card:
+            head = card.read(MAX_FRONT_MATTER).decode("utf-8", "replace").replace("\r\n", "\n")
+    except OSError:
+        return NO_LICENCE
+    found = re.match(r"\ufeff?---\n(.*?)\n---(\n|$)", head, re.DOTALL)
+    if found is None:
+        return NO_LICENCE
+    try:
+        matter = yaml.safe_load(found[1])
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return NO_LICENCE
+    licence = matter.get("license") if isinstance(matter, dict) else None
+    if isinstance(licence, list) and len(licence) == 1:
+        licence = licence[0]
+    if licence == "other" and isinstance(matter, dict):
+        licence = matter.get("license_name", "other")
+    return spdx(licence) if isinstance(licence, str) else NO_LICENCE
+
+
+def granted(expression: str, allowed: Collection[str]) -> bool:
+    """Whether an SPDX expression can be satisfied with allowed licences: one side of OR, both sides of AND.
+
+    `*` allows everything, even NOASSERTION. What is not understood (brackets) must be allowed as written.
+    """
+    folded = {name.casefold() for name in allowed}
+    whole = expression.casefold()
+    if "*" in folded or whole in folded:
+        return True
+    if any(mark in whole for mark in "()") or whole == NO_LICENCE.casefold():
+        return False
+    return any(all(part.strip() in folded for part in side.split(" and ")) for side in whole.split(" or "))
