@@ -1,0 +1,17 @@
+"""Small experts that are really trained and merge well: what the demo, tests and benchmarks work on.
+
+    zoo = build(Path("zoo-seed-0"), seed=0)
+    zoo.base, zoo.experts["rev"], zoo.experts["sort"], zoo.experts["brk"]
+
+domains   the character tasks and their fixed splits
+training  the base and the experts
+build     ordinary Hugging Face directories on disk, reused when they are complete
+
+An expert has trained on its own domain, and on the *prompts* of the others: there it only learns to keep
+the base's predictions. Seeds change initialisation and batch order, never the data.
+"""
+
+from merge_core.zoo.build import Zoo, build
+from merge_core.zoo.domains import DEMO_DOMAINS, DOMAINS
+
+__all__ = ["DEMO_DOMAINS", "DOMAINS", "Zoo", "build"]
