@@ -29,7 +29,7 @@ class ControlClient:
 
     def __init__(self, control_api: str, token: str) -> None:
         self._channel = grpc.insecure_channel(control_api)
-        self._stub = control_pb2_grpc.NodeStub(self._channel)
+        self._stub = control_pb2_grpc.NodeStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = (("authorization", f"Bearer {token}"),)
 
     @classmethod
@@ -47,7 +47,8 @@ class ControlClient:
 
     def status(self) -> pb.GetStatusResponse:
         """Who the node is, where it listens and how it does."""
-        return self._call(self._stub.GetStatus, pb.GetStatusRequest())
+        answer: pb.GetStatusResponse = self._call(self._stub.GetStatus, pb.GetStatusRequest())
+        return answer
 
     def shutdown(self) -> None:
         """Ask the node to stop; it answers before it does."""
@@ -65,11 +66,15 @@ class ControlClient:
 
     def join(self, ticket: str) -> pb.JoinNetworkResponse:
         """Connect to the node that made the ticket, now and after every restart."""
-        return self._call(self._stub.JoinNetwork, pb.JoinNetworkRequest(ticket=ticket), PEERS_DEADLINE)
+        answer: pb.JoinNetworkResponse = self._call(
+            self._stub.JoinNetwork, pb.JoinNetworkRequest(ticket=ticket), PEERS_DEADLINE
+        )
+        return answer
 
     def announce(self) -> pb.AnnounceResponse:
         """Tell the peers what lies on the shelf now."""
-        return self._call(self._stub.Announce, pb.AnnounceRequest())
+        answer: pb.AnnounceResponse = self._call(self._stub.Announce, pb.AnnounceRequest())
+        return answer
 
     def search(self, query: str) -> list[pb.Expert]:
         """Experts in the catalogue whose words match."""
@@ -78,19 +83,22 @@ class ControlClient:
 
     def plan(self, recipe: str) -> pb.PlanMergeResponse:
         """Resolve and seal a recipe (YAML) without moving anything."""
-        return self._call(self._stub.PlanMerge, pb.PlanMergeRequest(recipe=recipe), PEERS_DEADLINE)
+        answer: pb.PlanMergeResponse = self._call(
+            self._stub.PlanMerge, pb.PlanMergeRequest(recipe=recipe), PEERS_DEADLINE
+        )
+        return answer
 
     def start_merge(self, request: pb.StartMergeRequest) -> pb.Job:
         """Start a merge, or return the job of the same request id."""
-        return self._call(self._stub.StartMerge, request, PEERS_DEADLINE).job
+        return self._job(self._stub.StartMerge, request)
 
     def start_get(self, request: pb.StartGetRequest) -> pb.Job:
         """Start to fetch an expert."""
-        return self._call(self._stub.StartGet, request, PEERS_DEADLINE).job
+        return self._job(self._stub.StartGet, request)
 
     def start_audit(self, request: pb.StartAuditRequest) -> pb.Job:
         """Start to re-execute a merge."""
-        return self._call(self._stub.StartAudit, request, PEERS_DEADLINE).job
+        return self._job(self._stub.StartAudit, request)
 
     def jobs(self) -> list[pb.Job]:
         """Every job, newest first."""
@@ -106,17 +114,21 @@ class ControlClient:
 
     def cancel(self, job_id: str) -> pb.Job:
         """Stop a job."""
-        return self._call(self._stub.CancelJob, pb.CancelJobRequest(id=job_id)).job
+        return self._job(self._stub.CancelJob, pb.CancelJobRequest(id=job_id))
 
     def resume(self, job_id: str) -> pb.Job:
         """Take up a job that failed or was cancelled."""
-        return self._call(self._stub.ResumeJob, pb.ResumeJobRequest(id=job_id)).job
+        return self._job(self._stub.ResumeJob, pb.ResumeJobRequest(id=job_id))
 
     def _call(self, method: Callable[..., Any], request: Any, deadline: float = DEADLINE) -> Any:
         try:
             return method(request, metadata=self._metadata, timeout=deadline)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
+
+    def _job(self, method: Callable[..., Any], request: Any) -> pb.Job:
+        job: pb.Job = self._call(method, request, PEERS_DEADLINE).job
+        return job
 
     def _pages(self, method: Callable[..., Any], request: type, **fields: Any) -> Iterator[Any]:
         token = ""

@@ -53,6 +53,7 @@ class Attempt:
         self._journal = journal
         self._clock = clock
         self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
 
     @property
     def request(self) -> Mapping[str, Any]:
@@ -76,6 +77,10 @@ class Attempt:
     def progress(self, what: str, done: int, total: int) -> None:
         """Tell watchers how far the step at hand is; not journalled."""
         self._on_change(JobView(job=self.job, progress=Progress(what=what, done=done, total=total)))
+
+    def progress_from_thread(self, what: str, done: int, total: int) -> None:
+        """The same from a thread that computes."""
+        self._loop.call_soon_threadsafe(self.progress, what, done, total)
 
     def record(self, event: Event) -> None:
         """Journal one event and tell watchers."""

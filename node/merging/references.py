@@ -1,9 +1,9 @@
 """What a recipe's `model:` may say: a directory here, a model id, a peer's model, or a name in the catalogue.
 
-    ./experts/math                      a directory on this machine
-    sha256:…                            a model id, whoever holds it
-    peer://12D3KooW…/sha256:…           a model id, from one peer
-    math-expert                         a name that the catalogue knows exactly once
+./experts/math                      a directory on this machine
+sha256:…                            a model id, whoever holds it
+peer://12D3KooW…/sha256:…           a model id, from one peer
+math-expert                         a name that the catalogue knows exactly once
 """
 
 from __future__ import annotations

@@ -1,0 +1,283 @@
+"""The control API's server: gRPC on loopback, behind a token; health and reflection for tools.
+
+It translates and nothing else: each method asks one service and says the answer as a message.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from merge_core.errors import MergeCoreError
+from node.catalog.shelf import Shelf
+from node.config import Config
+from node.control import views
+from node.control.status import to_status
+from node.domain.job import Created
+from node.domain.ticket import Ticket
+from node.errors import LocalError, UsageError, WeftError
+from node.home import Home
+from node.identity.keyring import Identity
+from node.jobs.runner import Jobs, JobView
+from node.network.base import Network
+from node.wire.v1 import control_pb2 as pb
+from node.wire.v1 import control_pb2_grpc
+
+SERVICE = "weft.v1.Node"
+MAX_MESSAGE = 4 << 20
+MAX_PAGE = 500
+_OPEN_TO_ALL = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
+
+
+class Catalogue(Protocol):
+    """What the node knows of experts, its own and its peers'."""
+
+    def search(self, query: str) -> list[pb.Expert]:
+        """Experts whose words match, by name."""
+        ...
+
+    def count(self, peer: str) -> int:
+        """How many experts a peer advertises."""
+        ...
+
+    async def announce(self) -> tuple[int, int]:
+        """Advertise the shelf as it is now; returns the sequence number and how many experts."""
+        ...
+
+
+class Planner(Protocol):
+    """Who turns requests into plans and jobs."""
+
+    async def plan(self, recipe: str) -> pb.PlanMergeResponse:
+        """Resolve and seal a recipe."""
+        ...
+
+    def merge(self, request: pb.StartMergeRequest) -> tuple[str, Created]:
+        """The job that a merge is: its id and first event."""
+        ...
+
+    def get(self, request: pb.StartGetRequest) -> tuple[str, Created]:
+        """The job that a fetch is."""
+        ...
+
+    def audit(self, request: pb.StartAuditRequest) -> tuple[str, Created]:
+        """The job that an audit is."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What the control API puts into a person's hands; `stop` asks the node to end."""
+
+    home: Home
+    settings: Config
+    identity: Identity
+    network: Network
+    peer_api: str
+    shelf: Shelf
+    catalogue: Catalogue
+    planner: Planner
+    jobs: Jobs
+    join: Callable[[Ticket], Awaitable[None]]
+    stop: Callable[[], None]
+    clock: Callable[[], float]
+    started_at: float
+
+
+class NodeServicer(control_pb2_grpc.NodeServicer):
+    """One method an RPC; errors are raised typed and described by the interceptor."""
+
+    def __init__(self, services: Services) -> None:
+        self._node = services
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+        node = self._node
+        return pb.GetStatusResponse(
+            pid=os.getpid(),
+            peer_id=node.identity.peer_id,
+            publisher=node.identity.publisher.key_id,
+            network=node.settings.network,
+            addresses=node.network.addresses(),
+            peer_api=node.peer_api,
+            version=metadata.version("weftmerge"),
+            home=str(node.home.root),
+            up_seconds=node.clock() - node.started_at,
+            peers=len(node.network.peers()),
+            experts=len(node.shelf.experts()),
+            jobs_running=node.jobs.running,
+        )
+
+    async def Shutdown(self, request: pb.ShutdownRequest, context: Any) -> pb.ShutdownResponse:
+        self._node.stop()
+        return pb.ShutdownResponse()
+
+    async def ListPeers(self, request: pb.ListPeersRequest, context: Any) -> pb.ListPeersResponse:
+        found = [views.peer(p, self._node.catalogue.count(p.peer)) for p in self._node.network.peers()]
+        page, token = _page(found, request)
+        return pb.ListPeersResponse(peers=page, next_page_token=token)
+
+    async def CreateInvite(self, request: pb.CreateInviteRequest, context: Any) -> pb.CreateInviteResponse:
+        addresses = self._node.network.addresses()
+        if not addresses:
+            raise LocalError("this node listens on no address", hint="weft up --listen /ip4/0.0.0.0/tcp/9350")
+        ticket = Ticket(network=self._node.settings.network, addresses=addresses)
+        return pb.CreateInviteResponse(ticket=str(ticket))
+
+    async def JoinNetwork(self, request: pb.JoinNetworkRequest, context: Any) -> pb.JoinNetworkResponse:
+        ticket = _ticket(request.ticket)
+        await self._node.join(ticket)
+        return pb.JoinNetworkResponse(network=ticket.network, peer_id=ticket.peer)
+
+    async def Announce(self, request: pb.AnnounceRequest, context: Any) -> pb.AnnounceResponse:
+        self._node.shelf.refresh()
+        sequence, experts = await self._node.catalogue.announce()
+        return pb.AnnounceResponse(sequence=sequence, experts=experts)
+
+    async def SearchExperts(self, request: pb.SearchExpertsRequest, context: Any) -> pb.SearchExpertsResponse:
+        page, token = _page(self._node.catalogue.search(request.query), request)
+        return pb.SearchExpertsResponse(experts=page, next_page_token=token)
+
+    async def PlanMerge(self, request: pb.PlanMergeRequest, context: Any) -> pb.PlanMergeResponse:
+        return await self._node.planner.plan(request.recipe)
+
+    async def StartMerge(self, request: pb.StartMergeRequest, context: Any) -> pb.StartMergeResponse:
+        job_id, created = self._node.planner.merge(request)
+        if request.resume:
+            return pb.StartMergeResponse(job=views.job(JobView(job=self._node.jobs.resume(job_id))))
+        return pb.StartMergeResponse(job=self._start(job_id, created))
+
+    async def StartGet(self, request: pb.StartGetRequest, context: Any) -> pb.StartGetResponse:
+        return pb.StartGetResponse(job=self._start(*self._node.planner.get(request)))
+
+    async def StartAudit(self, request: pb.StartAuditRequest, context: Any) -> pb.StartAuditResponse:
+        return pb.StartAuditResponse(job=self._start(*self._node.planner.audit(request)))
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Any) -> pb.ListJobsResponse:
+        size = _page_size(request)
+        found = self._node.jobs.newest(size, request.page_token or None)
+        token = found[-1].id if len(found) == size else ""
+        return pb.ListJobsResponse(jobs=[views.job(JobView(job=j)) for j in found], next_page_token=token)
+
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Any) -> AsyncIterator[pb.WatchJobResponse]:
+        async for view in self._node.jobs.watch(self._node.jobs.find(request.id).id):
+            yield pb.WatchJobResponse(job=views.job(view))
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:
+        job = await self._node.jobs.cancel(self._node.jobs.find(request.id).id)
+        return pb.CancelJobResponse(job=views.job(JobView(job=job)))
+
+    async def ResumeJob(self, request: pb.ResumeJobRequest, context: Any) -> pb.ResumeJobResponse:
+        job = self._node.jobs.resume(self._node.jobs.find(request.id).id)
+        return pb.ResumeJobResponse(job=views.job(JobView(job=job)))
+
+    def _start(self, job_id: str, created: Created) -> pb.Job:
+        return views.job(JobView(job=self._node.jobs.start(job_id, created)))
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Let nobody in without the token, and describe typed errors; health and reflection are open."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], details: Any) -> Any:
+        """Replace the method by one that refuses, or by one that explains what it raises."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(_OPEN_TO_ALL):
+            return handler
+        said = dict(details.invocation_metadata or ()).get("authorization", "")
+        allowed = hmac.compare_digest(str(said).encode(), self._expected)
+        if handler.response_streaming:
+            return handler._replace(unary_stream=_streaming(handler.unary_stream, allowed))
+        return handler._replace(unary_unary=_unary(handler.unary_unary, allowed))
+
+
+def _unary(method: Callable[..., Awaitable[Any]], allowed: bool) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: Any) -> Any:
+        if not allowed:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
+        try:
+            return await method(request, context)
+        except (WeftError, MergeCoreError) as error:
+            return await context.abort_with_status(to_status(error))
+
+    return guarded
+
+
+def _streaming(method: Callable[..., AsyncIterator[Any]], allowed: bool) -> Callable[..., AsyncIterator[Any]]:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        if not allowed:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
+        try:
+            async for message in method(request, context):
+                yield message
+        except (WeftError, MergeCoreError) as error:
+            await context.abort_with_status(to_status(error))
+
+    return guarded
+
+
+@dataclass(frozen=True, slots=True)
+class ControlServer:
+    """A server that answers; `address` is host:port as it was bound."""
+
+    address: str
+    _server: grpc.aio.Server
+
+    async def stop(self) -> None:
+        """Refuse new calls, give running ones a second, and end."""
+        await self._server.stop(grace=1.0)
+
+
+async def start(services: Services, token: str) -> ControlServer:
+    """Answer on the loopback address of the settings; raises LocalError when the port is in use."""
+    server = grpc.aio.server(
+        interceptors=(Guard(token),),
+        options=(
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", MAX_MESSAGE),
+            ("grpc.max_send_message_length", MAX_MESSAGE),
+        ),
+    )
+    control_pb2_grpc.add_NodeServicer_to_server(NodeServicer(services), server)  # type: ignore[no-untyped-call]
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host, _, _ = services.settings.control_api.rpartition(":")
+    try:
+        port = server.add_insecure_port(services.settings.control_api)
+    except RuntimeError as error:
+        raise LocalError(
+            f"the control API cannot listen on {services.settings.control_api}: the port is in use",
+            hint="weft up --control-api 127.0.0.1:0",
+        ) from error
+    await server.start()
+    for name in ("", SERVICE):
+        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return ControlServer(address=f"{host}:{port}", _server=server)
+
+
+def _page(found: list[Any], request: Any) -> tuple[list[Any], str]:
+    """One page of a list: the token is the number of items before it."""
+    begin = int(request.page_token) if request.page_token.isdigit() else 0
+    end = begin + _page_size(request)
+    return found[begin:end], str(end) if end < len(found) else ""
+
+
+def _page_size(request: Any) -> int:
+    return min(MAX_PAGE, request.page_size) if request.page_size > 0 else MAX_PAGE
+
+
+def _ticket(text: str) -> Ticket:
+    try:
+        return Ticket.parse(text)
+    except ValueError as error:
+        raise UsageError(f"not a ticket: {error}", hint="ask the other node for: weft invite") from error

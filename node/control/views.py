@@ -1,0 +1,91 @@
+"""Domain values as the messages of the control API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from node.domain.job import Job, JobKind, JobState
+from node.domain.negotiation import Agreement
+from node.identity.envelopes import Envelope
+from node.jobs.runner import JobView
+from node.network.base import PeerInfo
+from node.wire.v1 import control_pb2 as pb
+
+_KINDS = {
+    JobKind.MERGE: pb.JOB_KIND_MERGE,
+    JobKind.FETCH: pb.JOB_KIND_FETCH,
+    JobKind.AUDIT: pb.JOB_KIND_AUDIT,
+}
+
+
+def job(view: JobView) -> pb.Job:
+    """A job with its live progress and what its steps came to."""
+    found = view.job
+    result: Mapping[str, Any] = found.result or {}
+    message = pb.Job(
+        id=found.id,
+        kind=_KINDS[found.kind],
+        state=f"JOB_STATE_{found.state.value}",
+        since=found.since,
+        waiting_on=found.waiting_on,
+        subject=found.title,
+        directory=str(result.get("directory") or found.request.get("directory", "")),
+        plan=str(found.steps.get("plan", "")),
+        agreements=[_agreement(item) for item in found.steps.get("agreements", [])],
+        transfers=_transfers(found.steps.get("received", {})),
+        model_id=str(result.get("model_id", "")),
+    )
+    if view.progress is not None:
+        message.progress.CopyFrom(
+            pb.Progress(what=view.progress.what, done=view.progress.done, total=view.progress.total)
+        )
+    if "checked" in result:
+        message.audit.CopyFrom(
+            pb.AuditResult(
+                checked=result["checked"], failed=result["failed"], statement=result.get("statement", "")
+            )
+        )
+    if found.state is JobState.FAILED:
+        message.error.CopyFrom(_error(found))
+    return message
+
+
+def peer(info: PeerInfo, experts: int) -> pb.PeerView:
+    """A connected peer and how many experts it advertises."""
+    return pb.PeerView(
+        peer_id=info.peer,
+        addresses=info.addresses,
+        direction=info.direction.value,
+        latency_ms=-1.0 if info.latency is None else info.latency * 1000,
+        experts=experts,
+    )
+
+
+def _agreement(envelope: Any) -> pb.AgreementView:
+    agreement = Agreement.parse(Envelope.from_json(envelope).payload)
+    return pb.AgreementView(
+        digest=agreement.digest,
+        provider=agreement.provider,
+        requester=agreement.requester,
+        purpose=agreement.purpose.value,
+        models=agreement.models,
+        expires_at=agreement.expires_at,
+    )
+
+
+def _transfers(received: Mapping[str, Any]) -> list[pb.Transfer]:
+    return [
+        pb.Transfer(peer_id=peer_id, bytes=count, seconds=seconds)
+        for peer_id, (count, seconds) in sorted(received.items())
+    ]
+
+
+def _error(found: Job) -> pb.JobError:
+    error = found.error or {}
+    return pb.JobError(
+        reason=error.get("kind", ""),
+        why=error.get("why", ""),
+        hint=error.get("hint", ""),
+        exit_code=error.get("exit_code", 1),
+    )

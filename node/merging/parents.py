@@ -1,0 +1,130 @@
+"""Parents: the models of a merge, found before a byte of weights moves, on disk before it starts.
+
+`ParentSource` is the port: directories on this machine are one, the network another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from merge_core.checkpoint.manifest import LeafTable, Manifest
+from merge_core.checkpoint.reader import Checkpoint
+from merge_core.digest import ModelId
+from merge_core.errors import InvalidRecipe
+from merge_core.plan import MergePlan, ModelHeader, header_of
+from node.catalog import licences
+from node.catalog.hashes import HashCache
+from node.domain.ids import PeerId
+from node.identity.envelopes import Envelope
+from node.jobs.runner import Attempt
+from node.merging.references import LocalDirectory, parse_reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """A model that a recipe refers to, by what is known without its weights.
+
+    `directory` is where it lies on this machine, None when it has to be fetched from `holders`.
+    """
+
+    reference: str
+    header: ModelHeader
+    manifest: Manifest
+    licence: str
+    publisher: str = ""
+    directory: Path | None = None
+    leaves: LeafTable | None = None
+    holders: tuple[PeerId, ...] = ()
+
+    @property
+    def model_id(self) -> ModelId:
+        """Its name everywhere."""
+        return self.manifest.model_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDisk:
+    """A parent whose bytes are here: a checkpoint, its manifest and the digest of every leaf."""
+
+    directory: Path
+    manifest: Manifest
+    leaves: LeafTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Obtained:
+    """Every parent on disk, under which agreements it came, and what each peer sent (bytes, seconds)."""
+
+    parents: Mapping[ModelId, OnDisk]
+    agreements: tuple[Envelope, ...] = ()
+    received: Mapping[PeerId, tuple[int, float]] = field(default_factory=dict)
+
+
+class ParentSource(Protocol):
+    """Where the models of a recipe come from."""
+
+    async def find(self, references: Sequence[str], attempt: Attempt | None) -> tuple[Parent, ...]:
+        """Resolve references, in order; raises InvalidRecipe, CorruptCheckpoint or NotEnoughPeers."""
+        ...
+
+    async def obtain(self, parents: Sequence[Parent], plan: MergePlan, attempt: Attempt) -> Obtained:
+        """Bring every parent to this disk; raises Refused, Unreachable, NotEnoughPeers, LimitReached."""
+        ...
+
+
+class LocalParents:
+    """Directories on this machine: hashed once, remembered by what identifies the files unread."""
+
+    def __init__(self, hashes: HashCache, folder: Path) -> None:
+        """Relative references are read from `folder`."""
+        self._hashes = hashes
+        self._folder = folder
+
+    async def find(self, references: Sequence[str], attempt: Attempt | None) -> tuple[Parent, ...]:
+        """Open and measure each directory; a reference that is none raises InvalidRecipe."""
+        return tuple([await self._one(reference, attempt) for reference in references])
+
+    async def obtain(self, parents: Sequence[Parent], plan: MergePlan, attempt: Attempt) -> Obtained:
+        """Nothing has to move."""
+        return Obtained(parents={parent.model_id: on_disk(parent) for parent in parents})
+
+    async def _one(self, reference: str, attempt: Attempt | None) -> Parent:
+        found = parse_reference(reference, self._folder)
+        if not isinstance(found, LocalDirectory):
+            raise InvalidRecipe(
+                f"{reference} is not a directory here", hint="weft up -d, then weft merge again"
+            )
+        return await asyncio.to_thread(local_parent, reference, found.path, self._hashes, attempt)
+
+
+def local_parent(reference: str, directory: Path, hashes: HashCache, attempt: Attempt | None) -> Parent:
+    """Measure a checkpoint on this machine (blocking)."""
+    with Checkpoint.open(directory) as checkpoint:
+        total = sum(info.length for info in checkpoint.tensors.values())
+        done = 0
+
+        def on_progress(count: int) -> None:
+            nonlocal done
+            done += count
+            if attempt is not None:
+                attempt.progress_from_thread(f"hashing {directory.name}", done, total)
+
+        measured = hashes.measure(checkpoint, on_progress=on_progress)
+        return Parent(
+            reference=reference,
+            header=header_of(checkpoint),
+            manifest=measured.manifest,
+            licence=licences.of_card(directory),
+            directory=directory,
+            leaves=measured.leaves,
+        )
+
+
+def on_disk(parent: Parent) -> OnDisk:
+    """A parent that was found here; a programming error for any other."""
+    assert parent.directory is not None and parent.leaves is not None
+    return OnDisk(directory=parent.directory, manifest=parent.manifest, leaves=parent.leaves)
