@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 
+from merge_core.checkpoint.published import MAX_FILES, name_problem
 from merge_core.digest import Digest, ModelId
 
-MAX_FILES = 10_000
 MAX_FILE_SIZE = 1 << 46
-MAX_PATH = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +39,7 @@ class HeldFile:
     size: int
 
     def __post_init__(self) -> None:
-        if not is_flat_name(self.path) or not 0 <= self.size <= MAX_FILE_SIZE:
+        if name_problem(self.path) or not 0 <= self.size <= MAX_FILE_SIZE:
             raise ValueError(f"a file {self.path[:80]!r} of {self.size} bytes")
 
 
@@ -61,14 +59,3 @@ class Holding:
         """The claimed size of a file in bytes; None when it is not listed."""
         return next((file.size for file in self.files if file.path == path), None)
 
-
-def is_flat_name(text: str) -> bool:
-    """Whether a name is one visible, printable, NFC component of at most 255 bytes on any file system."""
-    return (
-        0 < len(text.encode("utf-8", "replace")) <= MAX_PATH
-        and not text.startswith(".")
-        and not text.endswith((".", " "))
-        and text.isprintable()
-        and not set(text) & set('/\\:*?"<>|')
-        and unicodedata.is_normalized("NFC", text)
-    )

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merge_core.checkpoint.manifest import TENSOR_NAME
+from merge_core.checkpoint.published import name_problem
 from merge_core.digest import Digest, ModelId
-from node.domain.holding import ByteRange, HeldFile, Holding, ModelRef, is_flat_name
+from node.domain.holding import ByteRange, HeldFile, Holding, ModelRef
 from node.domain.reasons import Reason
 from node.errors import PeerError, Refused
 from node.wire.v1 import peer_pb2 as pb
@@ -40,7 +41,7 @@ def read_file_request(ref: ModelRef, path: str, offset: int, length: int) -> pb.
 
 def parse_read_file_request(message: pb.ReadFileRequest) -> tuple[ModelRef, str, int, int]:
     """Read (model, path, offset, length)."""
-    if not is_flat_name(message.path):
+    if name_problem(message.path):
         raise Refused(Reason.MALFORMED, "a file name")
     if message.offset < 0 or not 0 <= message.length <= MAX_REQUESTED:
         raise Refused(Reason.MALFORMED, f"at most {MAX_REQUESTED} bytes of a file in one call")

@@ -1,0 +1,73 @@
+"""What a fetch asks for: Holders, who may lie, and LocalContent, which is checked all the same."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from node.domain.holding import ByteRange, Holding, ModelRef
+from node.domain.ids import PeerId
+
+
+class Holder(Protocol):
+    """A peer that says it holds a model; streams are unchecked. Raises Refused, PeerError or Unreachable."""
+
+    @property
+    def peer(self) -> PeerId:
+        """Who it is."""
+
+    @property
+    def lanes(self) -> int:
+        """How many streams to run at once."""
+
+    async def describe(self, ref: ModelRef) -> Holding:
+        """Which files it has of a model, and whose signature."""
+
+    def manifest(self, ref: ModelRef) -> AsyncIterator[bytes]:
+        """The canonical manifest."""
+
+    def leaf_table(self, ref: ModelRef) -> AsyncIterator[bytes]:
+        """The leaf table."""
+
+    def fingerprint(self, ref: ModelRef) -> AsyncIterator[bytes]:
+        """The fingerprint."""
+
+    def file(self, ref: ModelRef, path: str, offset: int, length: int) -> AsyncIterator[bytes]:
+        """Bytes [offset, offset + length) of a file."""
+
+    def leaves(self, ref: ModelRef, ranges: Sequence[ByteRange]) -> AsyncIterator[bytes]:
+        """Ranges of tensors, one piece for each leaf that they touch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalTensor:
+    """Where the bytes of a tensor should already lie."""
+
+    path: Path
+    offset: int
+
+
+class LocalContent(Protocol):
+    """The tensors on this machine by content."""
+
+    def locate(self, content_root: str, length: int) -> LocalTensor | None:
+        """Where `length` bytes with this content root (hex) lie; what is read there is verified again."""
+
+
+class NothingLocal:
+    """A machine without any tensors."""
+
+    def locate(self, content_root: str, length: int) -> LocalTensor | None:
+        """Nowhere."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a fetch is, in bytes: verified of all, and what each peer sent of that."""
+
+    total: int
+    done: int
+    received: Mapping[PeerId, int]

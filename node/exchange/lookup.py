@@ -1,0 +1,132 @@
+"""What can be had of a model before any agreement: manifest, leaf table, config, fingerprint.
+
+Each proves itself against a digest, so the first holder whose answer holds is as good as any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
+from merge_core.checkpoint.merkle import DIGEST_SIZE
+from merge_core.digest import Digest, ModelId, sha256
+from merge_core.errors import CorruptCheckpoint
+from node.domain.holding import ModelRef
+from node.domain.ids import PeerId
+from node.errors import NotEnoughPeers, PeerError, Refused, Unreachable, VerificationFailed, WeftError
+from node.exchange.holder import Holder
+
+PIECE_DEADLINE = 15.0
+"""Seconds to wait for the next piece of something small."""
+MAX_CONFIG = 1 << 20
+MAX_FINGERPRINT = 1 << 20
+
+T = TypeVar("T")
+
+
+async def read_manifest(holders: Sequence[Holder], model_id: ModelId) -> Manifest:
+    """Ask holders in turn for a manifest; raises Refused or NotEnoughPeers when none has it."""
+    ref = ModelRef(model_id=model_id, publisher=None)
+
+    async def ask(holder: Holder) -> Manifest:
+        data = await collect(holder.manifest(ref), MAX_MANIFEST)
+        if sha256(data) != model_id:
+            raise PeerError(f"peer {holder.peer.short} sent another model's manifest")
+        return Manifest.parse(data)
+
+    return await first(holders, ask, f"the manifest of {model_id}")
+
+
+async def read_leaf_table(holders: Sequence[Holder], manifest: Manifest) -> LeafTable:
+    """Ask holders in turn for the leaf table of a manifest; raises as `read_manifest` does."""
+    ref = ModelRef(model_id=manifest.model_id, publisher=None)
+    size = DIGEST_SIZE * sum(tensor.leaf_count for tensor in manifest.tensors)
+
+    async def ask(holder: Holder) -> LeafTable:
+        return LeafTable.parse(manifest, await collect(holder.leaf_table(ref), size))
+
+    return await first(holders, ask, f"the leaf table of {manifest.model_id}")
+
+
+async def read_config(holders: Sequence[Holder], manifest: Manifest) -> dict[str, Any]:
+    """Ask holders in turn for the model's config.json; raises as `read_manifest` does."""
+    ref = ModelRef(model_id=manifest.model_id, publisher=None)
+    record = next((file for file in manifest.files if file.path == "config.json"), None)
+    if record is None or record.size > MAX_CONFIG:
+        raise CorruptCheckpoint(f"{manifest.model_id} has no readable config.json")
+
+    async def ask(holder: Holder) -> dict[str, Any]:
+        data = await collect(holder.file(ref, record.path, 0, record.size), record.size)
+        if sha256(data) != record.sha256:
+            raise PeerError(f"peer {holder.peer.short} sent another config.json")
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpoint(f"config.json of {manifest.model_id} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise CorruptCheckpoint(f"config.json of {manifest.model_id} is not an object")
+        return value
+
+    return await first(holders, ask, f"the config of {manifest.model_id}")
+
+
+async def read_fingerprint(holders: Sequence[Holder], ref: ModelRef, digest: Digest) -> bytes:
+    """Ask holders in turn for the fingerprint that an advert names; raises as `read_manifest` does."""
+
+    async def ask(holder: Holder) -> bytes:
+        data = await collect(holder.fingerprint(ref), MAX_FINGERPRINT)
+        if sha256(data) != digest:
+            raise PeerError(f"peer {holder.peer.short} sent another fingerprint than its advert names")
+        return data
+
+    return await first(holders, ask, f"the fingerprint of {ref.model_id}")
+
+
+async def first(
+    holders: Sequence[Holder],
+    ask: Callable[[Holder], Awaitable[T]],
+    what: str,
+    failures: dict[PeerId, WeftError] | None = None,
+) -> T:
+    """Return the first answer that holds, asking one holder after the other; note in `failures` who failed.
+
+    Raises Refused when everybody refused, else NotEnoughPeers.
+    """
+    failures = {} if failures is None else failures
+    for holder in holders:
+        try:
+            return await ask(holder)
+        except (PeerError, Refused, Unreachable, VerificationFailed) as error:
+            failures[holder.peer] = error
+        except CorruptCheckpoint as error:
+            failures[holder.peer] = PeerError(error.why)
+    raise nobody(what, failures)
+
+
+async def collect(stream: AsyncIterator[bytes], limit: int, *, deadline: float = PIECE_DEADLINE) -> bytes:
+    """Read a stream to its end; raises PeerError above `limit` bytes, Unreachable when a piece is late."""
+    data = bytearray()
+    try:
+        async with aclosing(stream) as pieces:  # type: ignore[type-var]
+            while True:
+                async with asyncio.timeout(deadline):
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    return bytes(data)
+                data += piece
+                if len(data) > limit:
+                    raise PeerError(f"more than the {limit} bytes that belong")
+    except TimeoutError as error:
+        raise Unreachable(f"nothing came for {deadline:.0f} s") from error
+
+
+def nobody(what: str, failures: dict[PeerId, WeftError]) -> WeftError:
+    """The error to end with when every holder failed; `failures` says how each did."""
+    if failures and all(isinstance(error, Refused) for error in failures.values()):
+        return next(iter(failures.values()))
+    told = "; ".join(f"{peer.short}: {error.why}" for peer, error in failures.items())
+    return NotEnoughPeers(f"nobody gave us {what}" + (f" ({told})" if told else ""), hint="weft peers")
