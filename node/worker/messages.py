@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from merge_core.checkpoint.writer import CannotWrite
 from merge_core.errors import CorruptCheckpoint, InvalidRecipe, MergeCoreError, PlanMismatch, Unmergeable
 from node.errors import LimitReached, LocalError, UsageError, VerificationFailed, WeftError
 
@@ -23,7 +24,7 @@ Emit = Callable[[dict[str, Any]], None]
 MAX_LINE = 16 << 20
 """Longest line in bytes, newline included: whatever is larger belongs in a file."""
 
-_ERRORS: dict[str, type[MergeCoreError] | type[WeftError]] = {
+ERRORS: dict[str, type[MergeCoreError] | type[WeftError]] = {
     kind.__name__: kind
     for kind in (
         MergeCoreError,
@@ -31,6 +32,7 @@ _ERRORS: dict[str, type[MergeCoreError] | type[WeftError]] = {
         Unmergeable,
         CorruptCheckpoint,
         PlanMismatch,
+        CannotWrite,
         LocalError,
         UsageError,
         LimitReached,
@@ -59,7 +61,7 @@ def describe_error(error: Exception) -> dict[str, Any] | None:
     """What crosses to the parent; None for an error that nobody raised on purpose."""
     if isinstance(error, OSError):
         error = _of_system(error)
-    if not isinstance(error, MergeCoreError | WeftError) or type(error).__name__ not in _ERRORS:
+    if not isinstance(error, MergeCoreError | WeftError) or type(error).__name__ not in ERRORS:
         return None
     described: dict[str, Any] = {"class": type(error).__name__, "why": error.why, "hint": error.hint}
     if isinstance(error, Unmergeable):
@@ -69,7 +71,7 @@ def describe_error(error: Exception) -> dict[str, Any] | None:
 
 def rebuild_error(described: dict[str, Any]) -> Exception:
     """The error that a child described; one of an unknown class comes back as LocalError."""
-    kind = _ERRORS.get(str(described.get("class")), LocalError)
+    kind = ERRORS.get(str(described.get("class")), LocalError)
     why, hint = str(described.get("why", "")), str(described.get("hint", ""))
     if kind is Unmergeable:
         return Unmergeable(why, problems=tuple(str(p) for p in described.get("problems", ())), hint=hint)

@@ -5,18 +5,39 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
 
     zoo          {directory, seed, size}                       -> {base, experts: {domain: directory}}
     evaluate     {models: {name: directory}, domains, split?, limit?} -> {scores: {name: {domain: share}}}
-    fingerprint  {input, model_id, output}                     -> {digest, size}
+    fingerprint  {input, output}                               -> {digest, size}
+    merge        {plan, inputs, target, journal, output, threads?}
+                 -> {model_id, manifest, leaves, trace, files: {name: path}, weights: {name: sha256}}
+    audit        {plan, trace, inputs, manifest, leaves, threads?}
+                 -> {checked, failed: [[tensor, leaf]], failures, trace_ok, files_ok}
 
-An `input` is {directory, manifest, leaves}: a checkpoint, and the paths of its manifest and leaf table.
+An `input` is {directory, manifest, leaves}: a checkpoint, and the paths of its manifest and leaf table;
+`inputs` are in the plan's order. A merge leaves the weights in the partial folder of `target` and everything
+that belongs beside them in the folder `output`: whoever asked signs, adds the files and commits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from merge_core.checkpoint import merkle
+from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
+from merge_core.checkpoint.published import read_bounded
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, file_digest
+from merge_core.checkpoint.writer import partial_path
+from merge_core.digest import sha256
+from merge_core.errors import CorruptCheckpoint
+from merge_core.functional import output_files
+from merge_core.plan import MAX_PLAN, MergePlan
+from merge_core.trace import MAX_TRACE, Trace
 from node.worker.messages import Emit
+
+_THREADS = 2
+_MAX_LISTED = 1_000
 
 Request = dict[str, Any]
 Result = dict[str, Any]
@@ -54,7 +75,157 @@ def evaluate(request: Request, emit: Emit) -> Result:
     return {"scores": scores}
 
 
+def fingerprint(request: Request, emit: Emit) -> Result:
+    """Sketch a measured checkpoint, every leaf hashed again as it is read, into the file `output`."""
+    from merge_core.simmerge import compute
+
+    with _opened(request["input"]) as (manifest, source):
+        sketch = compute(source, manifest.model_id, on_progress=_counter(emit, "sketch", manifest.size))
+    data = sketch.to_bytes()
+    _write(Path(request["output"]), data)
+    return {"digest": sketch.digest, "size": len(data)}
+
+
+def merge(request: Request, emit: Emit) -> Result:
+    """Run a plan, or go on where its journal ends.
+
+    Raises CorruptCheckpoint where an input is another model than the plan names.
+    """
+    from merge_core import execute
+
+    plan = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN))
+    target, output = Path(request["target"]), Path(request["output"])
+    with _inputs(plan, request["inputs"]) as (sources, donor_files):
+        merged = execute.run(
+            plan,
+            sources,
+            donor_files,
+            target,
+            journal=Path(request["journal"]),
+            threads=request.get("threads", _THREADS),
+            on_progress=_counter(emit, "merge", plan.output_bytes),
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    paths = {"manifest": "manifest.json", "leaves": "leaves.bin", "trace": "trace.json"}
+    for name, part in (("manifest", merged.manifest), ("leaves", merged.leaves), ("trace", merged.trace)):
+        _write(output / paths[name], part.to_bytes())
+    files = {name: output / "files" / name for name in output_files(plan, donor_files)}
+    (output / "files").mkdir(exist_ok=True)
+    for name, data in output_files(plan, donor_files).items():
+        _write(files[name], data)
+    return {
+        "model_id": merged.manifest.model_id,
+        **{name: str(output / path) for name, path in paths.items()},
+        "files": {name: str(path) for name, path in files.items()},
+        "weights": _weight_digests(partial_path(target.resolve()), emit),
+    }
+
+
+def audit(request: Request, emit: Emit) -> Result:
+    """Execute a plan again and compare; `failed` lists at most 1,000 leaves, `failures` counts all."""
+    from merge_core import execute
+
+    plan = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN))
+    trace = Trace.parse(plan, read_bounded(Path(request["trace"]), MAX_TRACE))
+    manifest, leaves = _claims(request)
+    with _inputs(plan, request["inputs"]) as (sources, donor_files):
+        report = execute.audit(
+            plan,
+            trace,
+            sources,
+            donor_files,
+            manifest,
+            leaves,
+            threads=request.get("threads", _THREADS),
+            on_progress=_counter(emit, "audit", plan.output_bytes),
+        )
+    return {
+        "checked": report.checked,
+        "failed": [list(failure) for failure in report.failed[:_MAX_LISTED]],
+        "failures": len(report.failed),
+        "trace_ok": report.trace_ok,
+        "files_ok": report.files_ok,
+    }
+
+
+@contextmanager
+def _inputs(
+    plan: MergePlan, described: Sequence[Request]
+) -> Iterator[tuple[list[VerifiedSource], dict[str, bytes]]]:
+    """The plan's inputs as verified sources, and the functional files of its donor.
+
+    Raises CorruptCheckpoint where an input, or a file of the donor, is not what the plan names.
+    """
+    if len(described) != len(plan.inputs):
+        raise CorruptCheckpoint(f"{len(described)} inputs for a plan of {len(plan.inputs)}")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(_opened(item)) for item in described]
+        for wanted, (manifest, _) in zip(plan.inputs, opened, strict=True):
+            if manifest.model_id != wanted:
+                raise CorruptCheckpoint(f"the plan names {wanted}; its input is {manifest.model_id}")
+        manifest, _ = opened[plan.donor]
+        directory = Path(described[plan.donor]["directory"])
+        files = {f.path: read_bounded(directory / f.path, f.size) for f in manifest.files}
+        for record in manifest.files:
+            if sha256(files[record.path]) != record.sha256:
+                raise CorruptCheckpoint(
+                    f"{directory / record.path} is not what was published", hint=f"weft verify {directory}"
+                )
+        yield [source for _, source in opened], files
+
+
+@contextmanager
+def _opened(described: Request) -> Iterator[tuple[Manifest, VerifiedSource]]:
+    """An input's manifest and its verified bytes; raises CorruptCheckpoint where they do not fit."""
+    manifest, leaves = _claims(described)
+    with Checkpoint.open(Path(described["directory"])) as checkpoint:
+        yield manifest, VerifiedSource(checkpoint, leaves)
+
+
+def _claims(described: Request) -> tuple[Manifest, LeafTable]:
+    manifest = Manifest.parse(read_bounded(Path(described["manifest"]), MAX_MANIFEST))
+    size = merkle.DIGEST_SIZE * sum(tensor.leaf_count for tensor in manifest.tensors)
+    return manifest, LeafTable.parse(manifest, read_bounded(Path(described["leaves"]), size))
+
+
+def _weight_digests(folder: Path, emit: Emit) -> dict[str, str]:
+    """The SHA-256 of each weight file, for whoever signs the directory."""
+    weights = sorted(folder.glob("*.safetensors"))
+    count = _counter(emit, "digest", sum(path.stat().st_size for path in weights))
+    return {path.name: f"sha256:{file_digest(path, count)}" for path in weights}
+
+
+def _counter(emit: Emit, what: str, total: int) -> Callable[[int], None]:
+    """A callback that adds up bytes and says how far they are, at most a hundred times."""
+    done = said = 0
+
+    def count(more: int) -> None:
+        nonlocal done, said
+        done += more
+        if done - said >= total // 100 or done >= total:
+            said = done
+            emit({"kind": "progress", "what": what, "done": done, "total": total})
+
+    return count
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Put a file in place whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 TASKS: dict[str, Callable[[Request, Emit], Result]] = {
     "zoo": zoo,
     "evaluate": evaluate,
+    "fingerprint": fingerprint,
+    "merge": merge,
+    "audit": audit,
 }
