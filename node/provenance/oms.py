@@ -17,8 +17,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from merge_core.errors import CorruptCheckpoint
 from node.errors import LocalError, VerificationFailed
 from node.identity.envelopes import Envelope, pae
 from node.identity.keys import PublicPublisherKey, PublisherKey
+from node.provenance.files import replace
 
 SIGNATURE_FILE = "model.sig"
 MAX_BUNDLE = 4 << 20
@@ -146,8 +145,8 @@ def sign_directory(
     names = _signable(directory)
     known = digests or {}
     missing = [n for n in names if n not in known]
-    files = {n: known[n] for n in names if n in known} | _hash(directory, missing, on_progress)
-    _replace(directory / SIGNATURE_FILE, make_bundle(files, publisher, name=name))
+    files = {n: known[n] for n in names if n in known} | hash_files(directory, missing, on_progress)
+    replace(directory / SIGNATURE_FILE, make_bundle(files, publisher, name=name))
 
 
 def verify_directory(
@@ -166,7 +165,7 @@ def verify_directory(
         raise VerificationFailed(error.why, hint=error.hint or _HINT) from error
     signed = bundle.open(publisher)
     _same_names(set(names), set(signed.files))
-    found = _hash(directory, names, on_progress)
+    found = hash_files(directory, names, on_progress)
     changed = [n for n in names if found[n] != signed.files[n]]
     if changed:
         raise VerificationFailed(f"not as signed: {_few(changed)}", hint=_HINT)
@@ -198,7 +197,9 @@ def _same_names(present: set[str], signed: set[str]) -> None:
         raise VerificationFailed(f"signed but missing: {_few(sorted(signed - present))}", hint=_HINT)
 
 
-def _hash(directory: Path, names: list[str], on_progress: Callable[[int], None] | None) -> dict[str, Digest]:
+def hash_files(
+    directory: Path, names: list[str], on_progress: Callable[[int], None] | None
+) -> dict[str, Digest]:
     """SHA-256 of files, two at a time; `on_progress` is called from those threads with bytes done."""
 
     def digest(name: str) -> Digest:
@@ -206,20 +207,6 @@ def _hash(directory: Path, names: list[str], on_progress: Callable[[int], None] 
 
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="sha256") as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _statement(value: Any) -> Mapping[str, Digest]:
