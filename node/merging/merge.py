@@ -1,0 +1,197 @@
+"""The merge job: seven steps from a recipe to a signed model, each taken up again where a crash left it.
+
+    1 find the parents       manifests and headers, no weights
+    2 compile and seal       the MergePlan, whose digest names the merge
+    3 agree and fetch        whatever is not here yet
+    4 execute                in a worker: the only process that loads torch
+    5 record and sign        plan, Trace, manifest, card, provenance, signature
+    6 rename into place      from here on the model exists
+    7 publish                if asked for
+
+What a job needs beside its journal lies in one hidden folder next to the target, and goes with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_core import recipe as recipes
+from merge_core.checkpoint.manifest import Manifest
+from merge_core.checkpoint.reader import Checkpoint
+from merge_core.checkpoint.writer import partial_path
+from merge_core.digest import ModelId
+from merge_core.errors import Unmergeable
+from merge_core.functional import output_files
+from merge_core.plan import Draft, Estimate, MergePlan, check, draft
+from merge_core.recipe import Recipe
+from merge_core.trace import Trace
+from node.domain.job import JobState
+from node.errors import LocalError
+from node.identity.keyring import Identity
+from node.jobs.runner import Attempt
+from node.merging.parents import Obtained, OnDisk, Parent, ParentSource
+from node.merging.records import MANIFEST_FILE, PLAN_FILE, Merge, combined_licence, finish
+from node.worker import process
+
+Publish = Callable[[Path, str, str], Awaitable[None]]
+"""Shares (directory, name, licence) with the network."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A recipe resolved: its parents, what merging costs, and the sealed plan."""
+
+    recipe: Recipe
+    parents: tuple[Parent, ...]
+    estimate: Estimate
+    plan: MergePlan
+
+
+class Merging:
+    """Merges with parents from one source, signed by one identity; without one they stay unsigned."""
+
+    def __init__(
+        self,
+        parents: ParentSource,
+        identity: Identity | None,
+        *,
+        clock: Callable[[], float],
+        publish: Publish | None = None,
+    ) -> None:
+        self._parents = parents
+        self._identity = identity
+        self._clock = clock
+        self._publish = publish
+
+    async def plan(self, recipe: Recipe, attempt: Attempt | None = None) -> Planned:
+        """Resolve a recipe from headers; raises Unmergeable with every incompatibility."""
+        parents = await self._parents.find(recipe.models, attempt)
+        _refuse_repeats(parents)
+        headers = {parent.reference: parent.header for parent in parents}
+        compiled: Draft = draft(recipe, headers)
+        ids: Mapping[str, ModelId] = {parent.reference: parent.model_id for parent in parents}
+        return Planned(
+            recipe=recipe, parents=parents, estimate=check(recipe, headers), plan=compiled.seal(ids)
+        )
+
+    async def merge(self, attempt: Attempt) -> dict[str, Any]:
+        """Do the job {recipe, directory, publish_as}; the result is {model_id, directory, signed}."""
+        target = Path(attempt.request["directory"])
+        planned = await self.plan(recipes.parse(attempt.request["recipe"]), attempt)
+        if attempt.reached("plan") not in (None, planned.plan.digest):
+            raise LocalError(
+                "the models of this recipe have changed since the merge began",
+                hint=f"remove {work_folder(target)} and merge again",
+            )
+        attempt.reach("plan", planned.plan.digest)
+        if not _is_there(target, planned.plan):
+            obtained = await self._parents.obtain(planned.parents, planned.plan, attempt)
+            await self._execute(attempt, planned, obtained, target)
+        manifest = Manifest.parse((target / MANIFEST_FILE).read_bytes())
+        await asyncio.to_thread(shutil.rmtree, work_folder(target), ignore_errors=True)
+        if self._publish and attempt.request.get("publish_as"):
+            name = attempt.request["publish_as"]
+            await self._publish(target, name, combined_licence(planned.parents))
+        return {
+            "model_id": manifest.model_id,
+            "directory": str(target),
+            "signed": self._identity is not None,
+        }
+
+    async def _execute(self, attempt: Attempt, planned: Planned, obtained: Obtained, target: Path) -> None:
+        attempt.enter(JobState.MERGING)
+        work = work_folder(target)
+        inputs = [obtained.parents[model_id] for model_id in planned.plan.inputs]
+        await asyncio.to_thread(_lay_out, work, planned.plan, inputs)
+        await process.run("merge", _request(work, inputs, target), on_event=_teller(attempt))
+        attempt.enter(JobState.VERIFYING)
+        merge = Merge(
+            recipe=planned.recipe,
+            plan=planned.plan,
+            parents=planned.parents,
+            trace=Trace.parse(planned.plan, (work / TRACE).read_bytes()),
+            manifest=Manifest.parse((work / MANIFEST).read_bytes()),
+            files=output_files(planned.plan, _functional(inputs[planned.plan.donor])),
+            agreements=obtained.agreements,
+        )
+        await asyncio.to_thread(finish, merge, target, self._identity, self._clock())
+
+
+PLAN, TRACE, MANIFEST, LEAVES, JOURNAL = "plan.json", "trace.json", "manifest.json", "leaves.bin", "journal"
+
+
+def work_folder(target: Path) -> Path:
+    """Where a merge keeps what it needs while it runs: hidden, beside the target."""
+    return target.parent / f".{target.name}.weft"
+
+
+def leftovers(target: Path) -> tuple[Path, ...]:
+    """What an unfinished merge into `target` has left on the disk."""
+    return tuple(path for path in (work_folder(target), partial_path(target)) if path.exists())
+
+
+def _is_there(target: Path, plan: MergePlan) -> bool:
+    """Whether an earlier attempt got as far as the rename; raises LocalError when something else is there."""
+    if not target.exists():
+        return False
+    record = target / PLAN_FILE
+    if not record.is_file() or record.read_bytes() != plan.to_bytes():
+        raise LocalError(f"{target} exists", hint=f"weft merge RECIPE -o {target}-2")
+    return True
+
+
+def _request(work: Path, inputs: Sequence[OnDisk], target: Path) -> dict[str, Any]:
+    return {
+        "plan": str(work / PLAN),
+        "inputs": [
+            {
+                "directory": str(parent.directory),
+                "manifest": str(work / f"{position}.{MANIFEST}"),
+                "leaves": str(work / f"{position}.{LEAVES}"),
+            }
+            for position, parent in enumerate(inputs)
+        ],
+        "target": str(target),
+        "journal": str(work / JOURNAL),
+        "output": str(work),
+    }
+
+
+def _lay_out(work: Path, plan: MergePlan, inputs: Sequence[OnDisk]) -> None:
+    """Write down for the worker what is too large for a message."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / PLAN).write_bytes(plan.to_bytes())
+    for position, parent in enumerate(inputs):
+        (work / f"{position}.{MANIFEST}").write_bytes(parent.manifest.to_bytes())
+        (work / f"{position}.{LEAVES}").write_bytes(parent.leaves.to_bytes())
+
+
+def _functional(parent: OnDisk) -> dict[str, bytes]:
+    with Checkpoint.open(parent.directory) as checkpoint:
+        return checkpoint.functional_files()
+
+
+def _teller(attempt: Attempt) -> Callable[[dict[str, Any]], None]:
+    """Pass a worker's progress on to the job's watchers."""
+
+    def tell(event: dict[str, Any]) -> None:
+        if event.get("kind") == "progress":
+            attempt.progress(event["what"], event["done"], event["total"])
+
+    return tell
+
+
+def _refuse_repeats(parents: Sequence[Parent]) -> None:
+    seen: dict[ModelId, str] = {}
+    for parent in parents:
+        if parent.model_id in seen:
+            raise Unmergeable(
+                f"{seen[parent.model_id]} and {parent.reference} are the same model",
+                hint="list each model once",
+            )
+        seen[parent.model_id] = parent.reference
