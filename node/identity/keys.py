@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from merge_core.digest import sha256
+from merge_core.digest import Digest, sha256
 from node.domain.ids import PeerId
 from node.errors import VerificationFailed
 
@@ -153,7 +153,7 @@ class PublicPublisherKey:
         ).decode()
 
     @property
-    def key_id(self) -> str:
+    def key_id(self) -> Digest:
         """`sha256:` and the hex digest of the SubjectPublicKeyInfo in DER."""
         return sha256(
             self._public.public_bytes(
@@ -204,7 +204,7 @@ class PublisherKey:
         return self.public.public_pem
 
     @property
-    def key_id(self) -> str:
+    def key_id(self) -> Digest:
         """The name of the public half."""
         return self.public.key_id
 

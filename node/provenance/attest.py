@@ -38,7 +38,7 @@ class Terms:
     """What is known of a parent besides its bytes: licence (SPDX or NOASSERTION) and publisher's key id."""
 
     licence: str
-    publisher: str | None
+    publisher: Digest | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

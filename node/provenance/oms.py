@@ -48,7 +48,7 @@ _HINT = "weft verify DIR lists what is wrong; fetch the model again from another
 class SignedFiles:
     """What a publisher signed: the digest of every file of the directory, by name, sorted."""
 
-    publisher: str
+    publisher: Digest
     files: Mapping[str, Digest]
 
 

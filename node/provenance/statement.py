@@ -53,7 +53,7 @@ class Parent:
     model_id: ModelId
     role: str
     licence: str
-    publisher: str | None
+    publisher: Digest | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +196,7 @@ def _parent(item: Any) -> Parent:
         model_id=ModelId(_digest(item["digest"])),
         role=annotations["role"],
         licence=text.matching(annotations["licence"], text.LICENCE, "licence"),
-        publisher=None if publisher is None else text.matching(publisher, text.KEY_ID, "publisher key id"),
+        publisher=None if publisher is None else Digest(publisher),
     )
 
 

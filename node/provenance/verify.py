@@ -1,0 +1,297 @@
+"""Verify a published directory: a green and red list that needs neither a node nor an identity.
+
+    structure    a safetensors checkpoint whose headers, index and config agree
+    publisher    who says that he published it, bound to a peer; pinned by the caller or unknown
+    signature    every file is as the publisher signed it, none added, none missing
+    manifest     every tensor and functional file hashed again gives the ModelId
+    provenance   for a merge: the builder's statement; subjects, plan, trace, agreements fit it and the files
+
+Nothing here raises for a bad model: what cannot be read is a red line. What a check needs of an earlier one
+that failed is not checked, and says so. Whether the plan really gives these bytes is for an audit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from merge_core.checkpoint.manifest import MAX_MANIFEST, Manifest
+from merge_core.checkpoint.reader import Checkpoint, measure
+from merge_core.digest import Digest, ModelId, sha256
+from merge_core.errors import MergeCoreError
+from merge_core.plan import MAX_PLAN, MergePlan
+from merge_core.trace import MAX_TRACE, Trace
+from node.domain.ids import PeerId
+from node.domain.negotiation import Agreement, Purpose
+from node.errors import VerificationFailed, WeftError
+from node.identity.binding import MAX_BINDING, PUBLISHER_FILE, Binding
+from node.identity.keys import PublicPublisherKey
+from node.provenance import agreements as negotiated
+from node.provenance import oms
+from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, TRACE_FILE
+from node.provenance.files import read_record
+from node.provenance.statement import (
+    MAX_PROVENANCE,
+    PROVENANCE_FILE,
+    MergeProvenance,
+    open_provenance,
+    origins,
+)
+
+T = TypeVar("T")
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One line of a report: `ok` is True, False, or None for what the reader has to judge."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What verification found; `model_id` is computed from the bytes, `publisher` is a key id."""
+
+    checks: tuple[Check, ...]
+    model_id: ModelId | None
+    publisher: Digest | None
+    peer: PeerId | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return all(check.ok is not False for check in self.checks)
+
+    def and_check(self, check: Check) -> Report:
+        """The report with one more line, as an audit adds it."""
+        return replace(self, checks=(*self.checks, check))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report for `--json`."""
+        return {
+            "ok": self.ok,
+            "model_id": self.model_id,
+            "publisher": self.publisher,
+            "peer_id": self.peer,
+            "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in self.checks],
+        }
+
+
+def verify(
+    directory: Path,
+    *,
+    publisher: PublicPublisherKey | None = None,
+    now: float,
+    on_progress: Progress | None = None,
+) -> Report:
+    """Check everything that a published directory says about itself; `publisher` is who must have signed it.
+
+    `on_progress` gets bytes hashed, possibly from other threads; every byte is hashed twice (SHA-256 and
+    BLAKE3).
+    """
+    ledger = _Ledger()
+    checkpoint = ledger.attempt("structure", lambda: _structure(directory))
+    if checkpoint is None:
+        return ledger.report(None, None)
+    with checkpoint:
+        binding = ledger.attempt("publisher", lambda: _publisher(checkpoint))
+        if binding is not None or publisher is not None:
+            ledger.add(_pin(binding, publisher, now))
+        key = publisher or (binding.publisher if binding else None)
+        signed = ledger.attempt("signature", lambda: _signature(directory, key, on_progress))
+        manifest = ledger.attempt("manifest", lambda: _manifest(checkpoint, on_progress))
+        if _claims_merge(checkpoint):
+            _merge(ledger, checkpoint, key, binding, signed, manifest)
+    return ledger.report(manifest, binding)
+
+
+class _Ledger:
+    """Collects checks: each step gives a value and a sentence, or fails with one."""
+
+    def __init__(self) -> None:
+        self.checks: list[Check] = []
+
+    def add(self, check: Check) -> None:
+        self.checks.append(check)
+
+    def attempt(self, name: str, step: Callable[[], tuple[T, str]]) -> T | None:
+        """The step's value, its line added; None and a red line when it fails."""
+        try:
+            value, detail = step()
+        except (WeftError, MergeCoreError) as error:
+            self.add(Check(name=name, ok=False, detail=error.why))
+            return None
+        except (OSError, ValueError) as error:
+            self.add(Check(name=name, ok=False, detail=f"{type(error).__name__}: {error}"))
+            return None
+        self.add(Check(name=name, ok=True, detail=detail))
+        return value
+
+    def report(self, manifest: Manifest | None, binding: Binding | None) -> Report:
+        return Report(
+            checks=tuple(self.checks),
+            model_id=manifest.model_id if manifest else None,
+            publisher=binding.publisher.key_id if binding else None,
+            peer=binding.peer_id if binding else None,
+        )
+
+
+def _structure(directory: Path) -> tuple[Checkpoint, str]:
+    checkpoint = Checkpoint.open(directory)
+    count, files = len(checkpoint.tensors), len(checkpoint.survey.weights)
+    return checkpoint, f"{checkpoint.architecture}, {count} tensors in {files} safetensors file(s)"
+
+
+def _publisher(checkpoint: Checkpoint) -> tuple[Binding, str]:
+    data = read_record(checkpoint.path, checkpoint.survey, PUBLISHER_FILE, MAX_BINDING)
+    binding = Binding.parse(data)
+    return binding, f"{binding.publisher.key_id}, bound to peer {binding.peer_id} by both signatures"
+
+
+def _pin(binding: Binding | None, publisher: PublicPublisherKey | None, now: float) -> Check:
+    name = "known publisher"
+    if publisher is not None and (binding is None or binding.publisher.key_id != publisher.key_id):
+        return Check(name=name, ok=False, detail=f"not published by {publisher.key_id}, who was asked for")
+    if binding is not None and not binding.covers(now):
+        return Check(name=name, ok=None, detail="the binding of key and peer is not valid at this time")
+    if publisher is None:
+        return Check(name=name, ok=None, detail="nobody vouches for this key; pin it with --publisher KEY")
+    return Check(name=name, ok=True, detail="the publisher who was asked for")
+
+
+def _signature(
+    directory: Path, key: PublicPublisherKey | None, on_progress: Progress | None
+) -> tuple[oms.SignedFiles, str]:
+    if key is None:
+        raise VerificationFailed("not checked: there is no publisher key to check it with")
+    signed = oms.verify_directory(directory, key, on_progress=on_progress)
+    return signed, f"all {len(signed.files)} files are as signed (OpenSSF Model Signing)"
+
+
+def _manifest(checkpoint: Checkpoint, on_progress: Progress | None) -> tuple[Manifest, str]:
+    manifest = measure(checkpoint, on_progress=on_progress).manifest
+    data = read_record(checkpoint.path, checkpoint.survey, MANIFEST_FILE, MAX_MANIFEST)
+    if data != manifest.to_bytes():
+        raise VerificationFailed(f"{MANIFEST_FILE} names other bytes: {_difference(data, manifest)}")
+    return manifest, f"{len(manifest.tensors)} tensors, {manifest.size} bytes: {manifest.model_id}"
+
+
+def _difference(data: bytes, found: Manifest) -> str:
+    """The first thing that a claimed manifest says otherwise than the bytes."""
+    claimed = Manifest.parse(data)
+    for what, one, other in (
+        ("tensor", claimed.tensors, found.tensors),
+        ("file", claimed.files, found.files),
+    ):
+        if one != other:
+            first = next((a for a, b in zip(one, other, strict=False) if a != b), None)
+            return f"{what} {getattr(first, 'name', None) or getattr(first, 'path', 'list')}"
+    return "architecture"
+
+
+def _claims_merge(checkpoint: Checkpoint) -> bool:
+    traces = {PROVENANCE_FILE, PLAN_FILE, TRACE_FILE, negotiated.AGREEMENTS_FILE}
+    return not traces.isdisjoint(checkpoint.survey.records)
+
+
+def _merge(
+    ledger: _Ledger,
+    checkpoint: Checkpoint,
+    key: PublicPublisherKey | None,
+    binding: Binding | None,
+    signed: oms.SignedFiles | None,
+    manifest: Manifest | None,
+) -> None:
+    """The checks of a directory that claims to be a merge."""
+    statement = ledger.attempt("provenance", lambda: _provenance(checkpoint, key, binding))
+    if statement is None:
+        return
+    ledger.attempt("subjects", lambda: _subjects(statement, signed))
+    plan = ledger.attempt("plan", lambda: _plan(checkpoint, statement, manifest))
+    ledger.attempt("trace", lambda: _trace(checkpoint, statement, plan))
+    ledger.attempt("agreements", lambda: _agreements(checkpoint, statement))
+
+
+def _provenance(
+    checkpoint: Checkpoint, key: PublicPublisherKey | None, binding: Binding | None
+) -> tuple[MergeProvenance, str]:
+    if key is None:
+        raise VerificationFailed("not checked: there is no publisher key to check it with")
+    data = read_record(checkpoint.path, checkpoint.survey, PROVENANCE_FILE, MAX_PROVENANCE)
+    statement = open_provenance(data, key)
+    if binding is not None and statement.builder != binding.peer_id:
+        raise VerificationFailed(f"built by {statement.builder}, which is not the publisher's peer")
+    parents = ", ".join(f"{p.role} {p.model_id[:19]}… ({p.licence})" for p in statement.parents)
+    return statement, f"merged from {parents}; the builder's own word until audited"
+
+
+def _subjects(statement: MergeProvenance, signed: oms.SignedFiles | None) -> tuple[None, str]:
+    if signed is None:
+        raise VerificationFailed("not checked: the signature does not hold")
+    present = {name: digest for name, digest in signed.files.items() if name != PROVENANCE_FILE}
+    if dict(statement.subjects) != present:
+        wrong = sorted(dict(statement.subjects).items() ^ present.items())
+        raise VerificationFailed(f"the provenance is that of other files: {wrong[0][0]}")
+    return None, f"{len(present)} files are those that the builder states"
+
+
+def _plan(
+    checkpoint: Checkpoint, statement: MergeProvenance, manifest: Manifest | None
+) -> tuple[MergePlan, str]:
+    data = _as_stated(checkpoint, PLAN_FILE, MAX_PLAN, statement.plan)
+    plan = MergePlan.parse(data)
+    roles = tuple("base" if index == plan.base else "expert" for index in range(len(plan.inputs)))
+    if tuple((p.model_id, p.role) for p in statement.parents) != tuple(zip(plan.inputs, roles, strict=True)):
+        raise VerificationFailed("the plan merges other parents than the provenance states")
+    if manifest is None:
+        raise VerificationFailed("not checked: the manifest does not hold")
+    if plan.architecture != manifest.architecture:
+        raise VerificationFailed(f"the plan makes a {plan.architecture}")
+    if origins(plan, manifest) != statement.tensors:
+        raise VerificationFailed("the provenance names other tensors, operators or parents than the plan")
+    operators = ", ".join(sorted({tensor.operator for tensor in plan.tensors}))
+    return plan, f"{plan.digest}: {operators} over {len(plan.inputs)} models"
+
+
+def _trace(checkpoint: Checkpoint, statement: MergeProvenance, plan: MergePlan | None) -> tuple[None, str]:
+    data = _as_stated(checkpoint, TRACE_FILE, MAX_TRACE, statement.trace)
+    if plan is None:
+        raise VerificationFailed("not checked: the plan does not hold")
+    trace = Trace.parse(plan, data)
+    return None, f"{trace.digest}: values for {len(trace.tensors)} tensors"
+
+
+def _agreements(checkpoint: Checkpoint, statement: MergeProvenance) -> tuple[None, str]:
+    if statement.agreements is None:
+        if negotiated.AGREEMENTS_FILE in checkpoint.survey.records:
+            raise VerificationFailed("there are agreements that the provenance does not state")
+        return None, "none: the builder had every parent"
+    limit = negotiated.MAX_FILE
+    data = _as_stated(checkpoint, negotiated.AGREEMENTS_FILE, limit, statement.agreements)
+    agreed = negotiated.parse(data)
+    for agreement in agreed:
+        _entitles(agreement, statement)
+    parents = {parent.model_id for parent in statement.parents}
+    covered = {model for agreement in agreed for model in agreement.models}
+    return None, f"{len(agreed)} signed by both sides, for {len(covered)} of {len(parents)} parents"
+
+
+def _entitles(agreement: Agreement, statement: MergeProvenance) -> None:
+    if agreement.requester != statement.builder:
+        raise VerificationFailed(f"agreement {agreement.digest} was made with another peer than the builder")
+    if agreement.purpose is not Purpose.MERGE or agreement.plan != statement.plan:
+        raise VerificationFailed(f"agreement {agreement.digest} was made for something else than this plan")
+    if not set(agreement.models) <= {parent.model_id for parent in statement.parents}:
+        raise VerificationFailed(f"agreement {agreement.digest} names models that are not parents")
+
+
+def _as_stated(checkpoint: Checkpoint, name: str, limit: int, stated: Digest) -> bytes:
+    data = read_record(checkpoint.path, checkpoint.survey, name, limit)
+    if sha256(data) != stated:
+        raise VerificationFailed(f"{name} is not the one that the provenance states")
+    return data
