@@ -200,7 +200,7 @@ class Measured:
 def measure(
     checkpoint: Checkpoint, *, threads: int = 2, on_progress: Callable[[int], None] | None = None
 ) -> Measured:
-    """Hash every byte of a checkpoint once, with at most 16 MiB of buffer per thread.
+    """Hash every byte of a checkpoint once, with a buffer of 1 MiB per thread.
 
     `on_progress` is called in the caller's thread with the number of tensor bytes hashed since the last call.
     Raises CorruptCheckpoint if a file shrinks meanwhile.

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merge_core.checkpoint.header import MAX_HEADER, Header, build_header, parse_header
-from merge_core.checkpoint.published import WEIGHTS, check_names
+from merge_core.checkpoint.published import WEIGHTS
 from merge_core.checkpoint.source import TensorInfo
-from merge_core.errors import CorruptCheckpoint
 
 _ENTRY_OVERHEAD = 120
 """An upper bound on what one tensor takes in a header beside its name and shape, in bytes."""
@@ -52,29 +51,11 @@ def divide(
         filled += info.length
         entries += entry
     names = _names(len(shards))
-    return tuple(_weight_file(n, build_header(s, metadata)) for n, s in zip(names, shards, strict=True))
-
-
-def adopt(heads: Mapping[str, bytes]) -> tuple[WeightFile, ...]:
-    """The weight files that somebody else laid out: file name -> the exact bytes of its header.
-
-    Raises CorruptCheckpoint on a malformed header, a bad name, or a tensor that lies in two files.
-    """
-    check_names(heads)
-    files = tuple(_weight_file(name, heads[name]) for name in sorted(heads))
-    seen: set[str] = set()
-    for file in files:
-        if not file.name.endswith(".safetensors"):
-            raise CorruptCheckpoint(f"{file.name} is not the name of a weight file")
-        if len(file.head) != file.header.length:
-            raise CorruptCheckpoint(
-                f"{file.name}: {len(file.head)} bytes where a header has {file.header.length}"
-            )
-        twice = seen.intersection(file.header.tensors)
-        if twice:
-            raise CorruptCheckpoint(f"tensor {min(twice)} lies in two weight files")
-        seen.update(file.header.tensors)
-    return files
+    heads = [build_header(shard, metadata) for shard in shards]
+    return tuple(
+        WeightFile(name=name, head=head, header=parse_header(head))
+        for name, head in zip(names, heads, strict=True)
+    )
 
 
 def index_of(files: tuple[WeightFile, ...]) -> bytes:
@@ -86,10 +67,6 @@ def index_of(files: tuple[WeightFile, ...]) -> bytes:
         "weight_map": {name: homes[name] for name in sorted(homes)},
     }
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _weight_file(name: str, head: bytes) -> WeightFile:
-    return WeightFile(name=name, head=head, header=parse_header(head))
 
 
 def _names(count: int) -> list[str]:

@@ -25,7 +25,7 @@ from types import MappingProxyType, TracebackType
 
 from merge_core.checkpoint.header import Span
 from merge_core.checkpoint.published import INDEX, check_names
-from merge_core.checkpoint.sharding import WeightFile, adopt, divide, index_of
+from merge_core.checkpoint.sharding import WeightFile, divide, index_of
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import MergeCoreError
 
@@ -48,7 +48,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, target: Path, path: Path, files: tuple[WeightFile, ...], lock: int) -> None:
-        """Take over the locked folder `path`; use `create` or `adopt`."""
+        """Take over the locked folder `path`; use `create`."""
         self.target = target
         self.path = path
         self.resumed = False
@@ -83,14 +83,6 @@ class CheckpointWriter:
             writer.close()
             raise
         return writer
-
-    @classmethod
-    def adopt(cls, target: Path, heads: Mapping[str, bytes]) -> CheckpointWriter:
-        """Like `create`, in the layout of a publisher: weight file name -> the exact bytes of its header.
-
-        The shard index is then the caller's to add, as published. Raises CorruptCheckpoint on a bad header.
-        """
-        return cls._prepare(target, adopt(heads))
 
     @classmethod
     def _prepare(cls, target: Path, files: tuple[WeightFile, ...]) -> CheckpointWriter:
@@ -233,6 +225,7 @@ class CheckpointWriter:
 
 def partial_path(target: Path) -> Path:
     """The hidden folder in which the checkpoint for `target` grows."""
+    target = target.resolve()
     return target.with_name(f".{target.name}.partial")
 
 

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from merge_core.checkpoint.header import parse_header
 from merge_core.checkpoint.published import INDEX
 from merge_core.checkpoint.reader import Checkpoint, measure
-from merge_core.checkpoint.sharding import adopt, divide, index_of
+from merge_core.checkpoint.sharding import divide, index_of
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.checkpoint.writer import CannotWrite, CheckpointWriter, clone_tree, partial_path
 from merge_core.errors import CorruptCheckpoint
@@ -164,34 +163,6 @@ def test_a_small_file_with_a_bad_name_is_refused(tmp_path: Path, name: str) -> N
         writer.add_file("README.md", b"x")
         with pytest.raises(CorruptCheckpoint, match="upper and lower"):
             writer.add_file("readme.md", b"x")
-
-
-def test_a_publishers_layout_is_kept_to_the_byte(tmp_path: Path) -> None:
-    files = divide(TENSORS, metadata={"by": "somebody"}, max_shard_bytes=1000)
-    heads = {file.name: file.head for file in files}
-    with CheckpointWriter.adopt(tmp_path / "out", heads) as writer:
-        write_all(writer)
-        writer.add_file(INDEX, index_of(files))
-        writer.commit()
-    written = files_of(tmp_path / "out")
-    assert all(written[name].startswith(head) for name, head in heads.items())
-    assert parse_header(written[files[0].name]).metadata == {"by": "somebody"}
-    with Checkpoint.open(tmp_path / "out") as checkpoint:
-        assert checkpoint.tensors == dict(sorted(TENSORS.items()))
-
-
-def test_a_publishers_layout_is_checked() -> None:
-    (file,) = divide(TENSORS, metadata={}, max_shard_bytes=1 << 30)
-    for heads, why in (
-        ({"../model.safetensors": file.head}, "refused"),
-        ({"model.bin": file.head}, "not the name of a weight file"),
-        ({"model.safetensors": file.head + b"x"}, "bytes where a header has"),
-        ({"model.safetensors": file.head[:-1]}, "truncated"),
-        ({"a.safetensors": file.head, "b.safetensors": file.head}, "two weight files"),
-        ({"a.safetensors": file.head, "A.safetensors": file.head}, "upper and lower"),
-    ):
-        with pytest.raises(CorruptCheckpoint, match=why):
-            adopt(heads)
 
 
 @given(
@@ -389,6 +360,23 @@ def test_a_clone_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_the_partial_folder_is_hidden_beside_the_target(tmp_path: Path) -> None:
     assert partial_path(tmp_path / "out") == tmp_path / ".out.partial"
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with CheckpointWriter.create(tmp_path / "link", TENSORS) as writer:
+        assert writer.path == partial_path(tmp_path / "link") == tmp_path / ".elsewhere.partial"
+    writer = CheckpointWriter.create(tmp_path / "link", TENSORS)
+    writer.discard()
+    (tmp_path / "link").unlink()
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "precious", target_is_directory=True)
+    with pytest.raises(CannotWrite, match="cannot be written"):
+        CheckpointWriter.create(tmp_path / "out", TENSORS)
+    assert list((tmp_path / "precious").iterdir()) == []
+
+
+def test_a_name_too_long_for_the_disk_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CannotWrite, match="File name too long"):
         CheckpointWriter.create(tmp_path / ("x" * 250), TENSORS)
     assert list(tmp_path.iterdir()) == []
