@@ -84,7 +84,6 @@ class PeerInfo:
     addresses: tuple[str, ...]
     direction: Direction
     latency: float | None
-    agent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

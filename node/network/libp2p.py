@@ -10,6 +10,7 @@ What py-libp2p 0.8.1 does that is guarded against here:
 - a slot of the inbound limiter is held until the swarm ends, not until the connection does;
 - listening sockets are opened with SO_REUSEPORT, so a port that is taken is noticed by nobody;
 - a failed dial blocks further dials of that peer for a minute, and dialling prefers remembered addresses;
+- an auto-connector dials remembered peers whatever the watermarks say, also those that we dropped;
 - gossip is dropped silently above 10 messages a second, and a message of our own reaches only the mesh;
 - it logs through the root logger, which prints to stderr when nobody configured logging.
 """
@@ -41,6 +42,7 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.host.ping import ID as PING
 from libp2p.host.ping import PING_LENGTH
 from libp2p.io.utils import read_exactly
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
@@ -458,6 +460,7 @@ class _Core:
                 for connection in self._swarm.get_connections():
                     nursery.start_soon(_quietly, connection.close)
             await self._host.close()
+        self._pubsub.seen_messages.stop()  # a thread of its own, which nobody else ends
 
     def _build_host(self) -> BasicHost:
         noise = Noise(self._keys, noise_privkey=create_noise_key_pair().private_key)
@@ -483,6 +486,7 @@ class _Core:
                 grace_period=0.0,
             ),
         )
+        swarm.auto_connector = _NoAutoConnector(swarm)
         swarm._inbound_limiter = trio.CapacityLimiter(self._limits.connections + HANDSHAKES)
         host = BasicHost(
             swarm,
@@ -732,6 +736,13 @@ class _Swarm(Swarm):  # type: ignore[misc]
         raise SwarmException("the connection has ended")
 
 
+class _NoAutoConnector(AutoConnector):  # type: ignore[misc]
+    """Dials nobody: whom to be connected to is the node's decision, and a peer that was dropped stays so."""
+
+    async def maybe_connect(self) -> None:
+        """Do nothing."""
+
+
 class _Book(PeerStore):  # type: ignore[misc]
     """A PeerStore that tells when a peer has said what it speaks: the last step of identify."""
 
@@ -941,10 +952,13 @@ def _sole(error: BaseException) -> BaseException:
 
 def _quieten() -> None:
     """Keep libp2p out of stderr and out of the root logger; LIBP2P_DEBUG turns its own logging on."""
-    logger = logging.getLogger("libp2p")
-    if not os.environ.get("LIBP2P_DEBUG") and not logger.handlers:
-        logger.addHandler(logging.NullHandler())
+    if not os.environ.get("LIBP2P_DEBUG"):
+        for name in [name for name in logging.root.manager.loggerDict if name.startswith("libp2p.")]:
+            logging.getLogger(name).setLevel(logging.NOTSET)  # some modules set a level of their own
+        logger = logging.getLogger("libp2p")
         logger.setLevel(logging.CRITICAL)
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
     root = logging.getLogger()
     if _not_libp2p not in root.filters:
         root.addFilter(_not_libp2p)

@@ -112,6 +112,7 @@ class MemoryNetwork(Switchboard):
         fabric: Fabric,
         peer_id: PeerId,
         *,
+        listen: str = "",
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -119,7 +120,7 @@ class MemoryNetwork(Switchboard):
         super().__init__(peer_id, limits)
         self._fabric = fabric
         self._clock = clock
-        self._transport = fabric.new_transport()
+        self._transport = listen or fabric.new_transport()
         self._published = 0
         self.links: dict[PeerId, _Link] = {}
         self._requests = Gate(rate=limits.request_rate, burst=limits.request_burst, debt=limits.request_burst)
@@ -190,7 +191,6 @@ class MemoryNetwork(Switchboard):
                 addresses=link.other.addresses(),
                 direction=link.direction,
                 latency=self._latency.get(peer),
-                agent="memory",
             )
             for peer, link in sorted(self.links.items())
         )
