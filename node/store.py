@@ -39,6 +39,7 @@ MIGRATIONS = (
         seq INTEGER NOT NULL,
         first_seq INTEGER NOT NULL,
         parts INTEGER NOT NULL,
+        digest TEXT NOT NULL,
         expires_at INTEGER NOT NULL,
         PRIMARY KEY (network, peer)
     ) WITHOUT ROWID;

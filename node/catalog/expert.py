@@ -18,7 +18,6 @@ from merge_core.checkpoint.header import Span, read_header
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.published import survey
 from merge_core.digest import Digest, ModelId
-from node.domain import text
 from node.domain.advert import AdvertisedModel
 from node.domain.negotiation import Purpose
 
@@ -56,7 +55,7 @@ class Expert:
 
     folder: Path
     model_id: ModelId
-    publisher: str
+    publisher: Digest
     name: str
     licence: str
     architecture: str
@@ -121,7 +120,7 @@ class Expert:
         return cls(
             folder=folder,
             model_id=ModelId(value["model_id"]),
-            publisher=text.matching(value["publisher"], text.KEY_ID, "publisher key id"),
+            publisher=Digest(value["publisher"]),
             name=value["name"],
             licence=value["licence"],
             architecture=value["architecture"],

@@ -32,7 +32,7 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.published import LeftOut, Survey, survey
 from merge_core.checkpoint.reader import Checkpoint, Measured
 from merge_core.checkpoint.writer import clone_tree
-from merge_core.digest import ModelId, sha256
+from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
 from node.catalog import licences
 from node.catalog.expert import (
@@ -71,6 +71,14 @@ class Measurable:
     leaves: Path
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """Where the bytes of a tensor lie: a weight file, and the offset of the first in it."""
+
+    path: Path
+    offset: int
+
+
 Sketch = Callable[[Measurable], bytes]
 """Computes the fingerprint of a checkpoint; returns its canonical bytes."""
 
@@ -95,7 +103,7 @@ class Shelf:
         self._hashes = hashes or HashCache(None)
         self._lock = threading.RLock()
         self._held: dict[tuple[ModelId, str], Held] = {}
-        self._contents: dict[bytes, tuple[Expert, str]] | None = None
+        self._contents: dict[str, tuple[Held, str]] | None = None
         self._sweep()
         self.refresh()
 
@@ -152,15 +160,18 @@ class Shelf:
             raise Refused(Reason.UNKNOWN_MODEL, hint="weft search")
         return held
 
-    def locate(self, content_root: bytes) -> tuple[Path, str] | None:
-        """A directory and the name of a tensor there that has exactly these bytes, whatever its type."""
+    def locate(self, content_root: str, length: int) -> Content | None:
+        """Where `length` bytes with this content root (hex) lie in a held expert, whatever their type."""
         with self._lock:
             if self._contents is None:
                 self._contents = self._index()
-            expert, tensor = self._contents.get(content_root, (None, ""))
-        if expert is None or expert.changed:
+            held, tensor = self._contents.get(content_root, (None, ""))
+        if held is None or held.expert.changed:
             return None
-        return expert.directory, tensor
+        name, span = held.tensors[tensor]
+        if span.end - span.begin != length:
+            return None
+        return Content(path=held.directory / name, offset=span.begin)
 
     def add(
         self,
@@ -199,7 +210,7 @@ class Shelf:
                 stage,
                 measured,
                 fingerprint=_fingerprint(stage, measured, sketch),
-                publisher=binding.publisher.key_id,
+                publisher=Digest(binding.publisher.key_id),
                 name=display_name(name or _name_of(source)),
                 licence=licence,
                 base=base,
@@ -221,7 +232,7 @@ class Shelf:
         directory: Path,
         *,
         leaves: LeafTable,
-        publisher: str,
+        publisher: Digest,
         fingerprint: bytes,
         name: str,
         licence: str,
@@ -300,7 +311,7 @@ class Shelf:
         measured: Measured,
         *,
         fingerprint: bytes,
-        publisher: str,
+        publisher: Digest,
         name: str,
         licence: str,
         base: ModelId | None,
@@ -311,7 +322,7 @@ class Shelf:
         """The expert that the stage holds, with record.json written."""
         manifest = measured.manifest
         expert = Expert(
-            folder=self.root / manifest.model_id.hex / publisher.removeprefix("sha256:")[:16],
+            folder=self.root / manifest.model_id.hex / publisher.hex[:16],
             model_id=manifest.model_id,
             publisher=publisher,
             name=name,
@@ -363,8 +374,8 @@ class Shelf:
         known = self._held.get(key)
         return known is not None and known.expert == found.expert
 
-    def _index(self) -> dict[bytes, tuple[Expert, str]]:
-        contents: dict[bytes, tuple[Expert, str]] = {}
+    def _index(self) -> dict[str, tuple[Held, str]]:
+        contents: dict[str, tuple[Held, str]] = {}
         for held in self._held.values():
             try:
                 leaves, manifest = held.leaves, Manifest.parse(held.manifest)
@@ -372,7 +383,8 @@ class Shelf:
                 log.warning("%s is damaged: %s", held.expert.folder, error)
                 continue
             for tensor in manifest.tensors:
-                contents.setdefault(merkle.content_root(leaves[tensor.name]), (held.expert, tensor.name))
+                root = merkle.content_root(leaves[tensor.name]).hex()
+                contents.setdefault(root, (held, tensor.name))
         return contents
 
     def _drop(self, expert: Expert) -> None:

@@ -24,8 +24,8 @@ from node.domain.ids import PeerId
 from node.domain.negotiation import Purpose
 
 PAYLOAD_TYPE = "application/vnd.weft.advert+json"
-MAX_ENVELOPE = 32 << 10
-"""Bytes of one signed advert on the wire."""
+MAX_ENVELOPE = (32 << 10) - 256
+"""Bytes of one signed advert on the wire: two of them, as a proof, fit into one message."""
 MAX_PAYLOAD = 23_000
 """Bytes of the statement itself: base64 and the signature make an envelope of it."""
 MAX_LIFETIME = 24 * 3600
@@ -47,7 +47,7 @@ class AdvertisedModel:
     base: ModelId | None
     size: int
     fingerprint: Digest
-    publisher: str
+    publisher: Digest
     purposes: tuple[Purpose, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class AdvertisedModel:
             base=None if value["base"] is None else ModelId(value["base"]),
             size=text.integer(value["size"], "size"),
             fingerprint=Digest(value["fingerprint"]),
-            publisher=text.matching(value["publisher"], text.KEY_ID, "publisher key id"),
+            publisher=Digest(value["publisher"]),
             purposes=purposes,
         )
 
@@ -159,12 +159,20 @@ class Advert:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """The end of a peer's chain: the number and digest of its last advert."""
+
+    seq: int
+    digest: Digest
+
+
 def announcement(
     models: Iterable[AdvertisedModel],
     *,
     network: str,
     peer: PeerId,
-    last: Advert | None,
+    last: Link | None,
     now: float,
     lifetime: int = MAX_LIFETIME,
 ) -> tuple[Advert, ...]:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 MAX_INTEGER = 2**53 - 1
 NETWORK = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+:_ ()-]{0,95}")
-KEY_ID = re.compile(r"sha256:[0-9a-f]{64}")
 
 T = TypeVar("T")
 

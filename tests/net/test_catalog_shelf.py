@@ -220,11 +220,16 @@ def test_a_removed_expert_is_gone_with_its_folder(model_dir: Path, add: Add, she
 
 def test_a_tensor_is_found_by_its_bytes(model_dir: Path, add: Add, shelf: Shelf) -> None:
     expert = add(model_dir).expert
-    content = merkle.content_root([merkle.leaf_digest(np.ones(16, dtype="<f4").tobytes())])
-    assert shelf.locate(content) == (expert.directory, "model.norm.weight")
-    assert shelf.locate(bytes(32)) is None
+    content = merkle.content_root([merkle.leaf_digest(np.ones(16, dtype="<f4").tobytes())]).hex()
+    found = shelf.locate(content, 64)
+    assert found is not None and found.path.parent == expert.directory
+    with found.path.open("rb") as file:
+        file.seek(found.offset)
+        assert np.frombuffer(file.read(64), "<f4").tolist() == [1.0] * 16
+    assert shelf.locate(content, 63) is None
+    assert shelf.locate("00" * 32, 64) is None
     shelf.remove(expert.model_id)
-    assert shelf.locate(content) is None
+    assert shelf.locate(content, 64) is None
 
 
 def test_a_fetched_model_is_moved_in_under_its_publisher(
