@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from node.cli import render
 from node.cli.output import out, table
 
 identity_verbs = typer.Typer(no_args_is_help=True, help="Show, back up or restore who this node is.")
@@ -17,8 +18,12 @@ identity_verbs = typer.Typer(no_args_is_help=True, help="Show, back up or restor
 def register(app: typer.Typer) -> None:
     """Hang these verbs on the command."""
     app.add_typer(identity_verbs, name="id", rich_help_panel="This node")
-    app.command(rich_help_panel="This node")(init)
-    app.command(rich_help_panel="This node")(version)
+    for verb in (init, doctor, version):
+        app.command(rich_help_panel="This node")(verb)
+    for verb in (add, ls, rm):
+        app.command(rich_help_panel="Experts")(verb)
+    for verb in (verify, lineage):
+        app.command(rich_help_panel="Provenance")(verb)
 
 
 def init() -> None:
@@ -93,6 +98,114 @@ def id_import(file: Path, passphrase: Passphrase = "") -> None:
         raise LocalError(f"{file} cannot be read: {error.strerror}", hint="weft id export FILE") from error
     identity = keyring.import_(Home.default().identity, data, passphrase=passphrase)
     out.result({"peer_id": identity.peer_id}, lambda console: console.print(identity.peer_id))
+
+
+def add(
+    directory: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
+    name: Annotated[str | None, typer.Option(help="What others see; else the directory's name.")] = None,
+    licence: Annotated[str | None, typer.Option(help="SPDX name; else the model card's.")] = None,
+) -> None:
+    """Share a checkpoint: hash, sign and fingerprint it; the directory itself is never written to."""
+    from node import app
+    from node.home import Home
+
+    home = Home.default()
+    with render.hashing(out, f"hashing {directory.name}") as on_progress:
+        added = app.add(home, directory, name=name, licence=licence, on_progress=on_progress)
+    announced = app.announce_if_running(home)
+    for item in added.left_out:
+        out.say(f"[yellow]left out[/] {item.name}: {item.why}")
+    if added.replaced:
+        out.say(f"[yellow]signed anew[/]: the signature that lay there does not hold ({added.replaced})")
+    out.say("Its licence is unknown: no peer is granted it. To state it: --licence SPDX") if (
+        added.expert.licence == "NOASSERTION"
+    ) else None
+    out.say("announced to the peers" if announced else "it is announced at the next: weft up")
+    data = {
+        **render.expert_data(added.expert),
+        "directory": str(added.expert.directory),
+        "announced": announced,
+        "left_out": [{"name": item.name, "why": item.why} for item in added.left_out],
+    }
+    out.result(data, lambda console: console.print(added.expert.model_id))
+
+
+def ls() -> None:
+    """List the experts that this node holds."""
+    from node import app
+    from node.home import Home
+
+    data = [render.expert_data(expert) for expert in app.shelf(Home.default()).experts()]
+    out.result({"experts": data}, lambda console: render.shelf(console, data))
+
+
+def rm(expert: Annotated[str, typer.Argument(help="Its name, or the beginning of its id.")]) -> None:
+    """Withdraw an expert: it is no longer shared, and the node's copy is deleted."""
+    from node import app
+    from node.home import Home
+
+    home = Home.default()
+    shelf = app.shelf(home)
+    removed = shelf.remove(shelf.resolve(expert).model_id)
+    app.announce_if_running(home)
+    data = {"removed": [render.expert_data(item) for item in removed]}
+    out.result(data, lambda console: console.print(removed[0].model_id))
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A model directory.")],
+    publisher: Annotated[Path | None, typer.Option(help="PEM file of who must have signed it.")] = None,
+    audit: Annotated[str, typer.Option(help="full: execute the merge again, compare every leaf.")] = "",
+) -> None:
+    """Check signatures, digests and provenance: a green and red list; exit code 5 if anything fails."""
+    from node import app
+    from node.errors import UsageError, VerificationFailed
+    from node.home import Home
+
+    if audit not in ("", "full"):
+        raise UsageError(f"--audit {audit} is not known", hint=f"weft verify {directory} --audit full")
+    with render.hashing(out, "verifying") as on_progress:
+        report = app.verify(directory, publisher, on_progress=on_progress)
+    data = report.to_json()
+    if audit and report.ok:
+        with render.live(out) as show:
+            data = app.audit(Home.default(), directory, report, on_view=show)
+    if data["ok"]:
+        out.result(data, lambda console: render.report(console, data))
+        return
+    render.report(out.story_console, data)
+    failed = [f"{check['name']}: {check['detail']}" for check in data["checks"] if check["ok"] is False]
+    raise VerificationFailed(f"{directory} does not hold: {failed[0]}", hint="fetch it again: weft get ID")
+
+
+def lineage(
+    directory: Annotated[Path, typer.Argument(help="A model directory.")],
+    dot: Annotated[bool, typer.Option("--dot", help="Graphviz instead of a tree.")] = False,
+) -> None:
+    """Show the family tree of a model, to its roots."""
+    from node import app
+    from node.home import Home
+
+    tree = app.lineage(Home.default(), directory)
+    out.result(tree.to_json(), lambda console: console.print(tree.to_dot() if dot else tree.to_text()))
+
+
+def doctor(
+    healthy: Annotated[bool, typer.Option("--healthy", help="Only tell whether the node serves.")] = False,
+) -> None:
+    """Find out what is wrong, each line with its fix; exit code 1 if anything is."""
+    from node import diagnosis
+    from node.errors import LocalError
+    from node.home import Home
+
+    findings = diagnosis.health(Home.default()) if healthy else diagnosis.examine(Home.default())
+    data = {"checks": [finding.to_json() for finding in findings]}
+    if all(finding.ok is not False for finding in findings):
+        out.result(data, lambda console: render.report(console, data))
+        return
+    render.report(out.story_console, data)
+    first = next(finding for finding in findings if finding.ok is False)
+    raise LocalError(f"{first.name}: {first.detail}", hint=first.fix)
 
 
 def version() -> None:

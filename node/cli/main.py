@@ -87,7 +87,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, _ClickException):
         context = getattr(error, "ctx", None)
         command = context.command_path if isinstance(error, _UsageError) and context else "weft"
-        why = error.format_message()
+        why: str = getattr(error, "format_message", lambda: str(error))()
         return _fail(why, f"{command} --help", 2, "usage") if why else 2  # no words at all: help was shown
     if not isinstance(error, WeftError | MergeCoreError):
         raise error

@@ -1,6 +1,180 @@
-"""PLACEHOLDER"""
+"""Verbs that talk to the node: up, down, status, peers, invite, join, search, get, plan, merge, jobs."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+
+from node.cli import render
+from node.cli.output import out, size, table
+
+if TYPE_CHECKING:
+    from node.control.client import ControlClient
+
+NETWORK = "The network"
+MERGING = "Merging"
+jobs_verbs = typer.Typer(no_args_is_help=True, help="List, watch, cancel or resume long-running work.")
 
 
-def register(app: typer.Typer) -> None: ...
+def register(app: typer.Typer) -> None:
+    """Hang these verbs on the command."""
+    for verb in (up, down, status):
+        app.command(rich_help_panel="This node")(verb)
+    for verb in (peers, invite, join, search, get):
+        app.command(rich_help_panel=NETWORK)(verb)
+    for verb in (plan, merge):
+        app.command(rich_help_panel=MERGING)(verb)
+    app.add_typer(jobs_verbs, name="jobs", rich_help_panel=MERGING)
+
+
+def up(
+    detach: Annotated[bool, typer.Option("-d", "--detach", help="Return once the node answers.")] = False,
+    init: Annotated[bool, typer.Option("--init", help="Make the identity first if there is none.")] = False,
+    network: Annotated[str | None, typer.Option(help="The network's name.")] = None,
+    listen: Annotated[list[str] | None, typer.Option(help="libp2p multiaddr, repeatable.")] = None,
+    peer_api: Annotated[str | None, typer.Option(help="host:port of the peer data plane.")] = None,
+    bootstrap: Annotated[list[str] | None, typer.Option(help="Peer to dial first, repeatable.")] = None,
+) -> None:
+    """Start the node: discovery, the peer port and the local API."""
+    from node import app, config
+    from node.home import Home
+
+    home = Home.default()
+    flags = {"network": network, "listen": listen, "peer_api": peer_api, "bootstrap": bootstrap}
+    settings = config.load(home.config, flags)
+    if init:
+        app.ensure_initialised(home)
+    if detach:
+        app.start_detached(home, settings)
+        status()
+        return
+    app.serve(home, settings, on_up=lambda: out.say("[green]up[/]  stop with Ctrl-C or: weft down"))
+
+
+def down() -> None:
+    """Stop the node gracefully; work in progress is taken up at the next start."""
+    from node import app
+    from node.home import Home
+
+    app.stop(Home.default())
+    out.result({"stopped": True}, lambda console: console.print("down"))
+
+
+def status() -> None:
+    """Show who this node is, where it listens and how it does."""
+    data = _ask(lambda node: node.status())
+    out.result(data, lambda console: render.status(console, data))
+
+
+def peers() -> None:
+    """List the peers that this node is connected to."""
+    with _node() as node:
+        data = _data(node.peers())
+    out.result({"peers": data}, lambda console: render.peers(console, data))
+
+
+def invite() -> None:
+    """Print a ticket; who runs `weft join TICKET` joins this network through this node."""
+    with _node() as node:
+        ticket = node.invite()
+    out.say("Give it to whoever should join: [bold]weft join TICKET[/]")
+    out.result({"ticket": ticket}, lambda console: console.print(ticket))
+
+
+def join(ticket: str) -> None:
+    """Join the network of the node that made TICKET, now and at every start."""
+    from node import app
+    from node.home import Home
+
+    data = app.join(Home.default(), ticket)
+    out.result(data, lambda console: console.print(f"joined {data['network']} through {data['peer_id']}"))
+
+
+def search(
+    query: Annotated[str, typer.Argument(help="Words in name, architecture or licence.")] = "",
+) -> None:
+    """Search the experts that this node and its peers advertise."""
+    with _node() as node:
+        data = _data(node.search(query))
+    out.result({"experts": data}, lambda console: render.experts(console, data))
+
+
+def get(
+    model_id: Annotated[str, typer.Argument(help="The id that `weft search` shows.")],
+    publisher: Annotated[str, typer.Option(help="Only as signed by this publisher key id.")] = "",
+) -> None:
+    """Fetch an expert as its publisher signed it, verified, and become a second holder of it."""
+    from node.wire.v1 import control_pb2 as pb
+
+    with _node() as node:
+        request = pb.StartGetRequest(request_id=uuid.uuid4().hex, model_id=model_id, publisher=publisher)
+        data = _follow(node, node.start_get(request))
+    out.result(data, lambda console: console.print(data["directory"]))
+
+
+def plan(recipe: Annotated[Path, typer.Argument(help="A mergekit YAML file.")]) -> None:
+    """Resolve a recipe and show what it would cost, without moving a byte of weights."""
+    from node import app
+    from node.home import Home
+
+    data = app.plan(Home.default(), recipe)
+    out.result(data, lambda console: render.plan(console, data))
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A mergekit YAML file.")],
+    directory: Annotated[Path, typer.Option("-o", "--out", help="Where the merged model goes.")],
+    publish: Annotated[str, typer.Option(help="Share the result under this name.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted merge.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+) -> None:
+    """Merge experts as RECIPE says, and print the new model's id."""
+    from node import app
+    from node.home import Home
+
+    home = Home.default()
+    if dry_run:
+        plan(recipe)
+        return
+    if app.needs_no_node(recipe):
+        with render.live(out) as show:
+            data = app.merge_here(home, recipe, directory, resume=resume, publish=publish, on_view=show)
+    else:
+        with _node() as node:
+            data = _follow(node, node.start_merge(app.merge_request(recipe, directory, publish, resume)))
+    out.result(data, lambda console: render.merged(console, out, data))
+
+
+@jobs_verbs.command("ls")
+def jobs_ls() -> None:
+    """List jobs, newest first."""
+    with _node() as node:
+        data = _data(node.jobs())
+    out.result({"jobs": data}, lambda console: render.jobs(console, data))
+
+
+@jobs_verbs.command("watch")
+def jobs_watch(job: str) -> None:
+    """Follow a job to its end."""
+    with _node() as node:
+        data = _follow(node, node.job(job))
+    out.result(data, lambda console: render.job(console, data))
+
+
+@jobs_verbs.command("cancel")
+def jobs_cancel(job: str) -> None:
+    """Stop a job; what it has fetched stays for a resume."""
+    data = _ask(lambda node: node.cancel(job))
+    out.result(data, lambda console: render.job(console, data))
+
+
+@jobs_verbs.command("resume")
+def jobs_resume(job: str) -> None:
+    """Take up a job that failed or was cancelled, and follow it to its end."""
+    with _node() as node:
+        data = _follow(node, node.resume(job))
+    out.result(data, lambda console: render.job(console, data))

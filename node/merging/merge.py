@@ -17,16 +17,15 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import Manifest
-from merge_core.checkpoint.reader import Checkpoint
-from merge_core.checkpoint.writer import partial_path
+from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import ModelId
 from merge_core.errors import Unmergeable
-from merge_core.functional import output_files
 from merge_core.plan import Draft, Estimate, MergePlan, check, draft
 from merge_core.recipe import Recipe
 from merge_core.trace import Trace
@@ -34,8 +33,9 @@ from node.domain.job import JobState
 from node.errors import LocalError
 from node.identity.keyring import Identity
 from node.jobs.runner import Attempt
+from node.merging import card
 from node.merging.parents import Obtained, OnDisk, Parent, ParentSource
-from node.merging.records import MANIFEST_FILE, PLAN_FILE, Merge, combined_licence, finish
+from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, Merge, Terms, attest, record
 from node.worker import process
 
 Publish = Callable[[Path, str, str], Awaitable[None]]
@@ -96,7 +96,7 @@ class Merging:
         await asyncio.to_thread(shutil.rmtree, work_folder(target), ignore_errors=True)
         if self._publish and attempt.request.get("publish_as"):
             name = attempt.request["publish_as"]
-            await self._publish(target, name, combined_licence(planned.parents))
+            await self._publish(target, name, card.combined_licence(planned.parents))
         return {
             "model_id": manifest.model_id,
             "directory": str(target),
@@ -107,22 +107,25 @@ class Merging:
         attempt.enter(JobState.MERGING)
         work = work_folder(target)
         inputs = [obtained.parents[model_id] for model_id in planned.plan.inputs]
-        await asyncio.to_thread(_lay_out, work, planned.plan, inputs)
-        await process.run("merge", _request(work, inputs, target), on_event=_teller(attempt))
+        await asyncio.to_thread(lay_out, work, planned.plan, inputs)
+        made = await process.run("merge", _request(work, inputs, target), on_event=teller(attempt))
         attempt.enter(JobState.VERIFYING)
-        merge = Merge(
-            recipe=planned.recipe,
-            plan=planned.plan,
-            parents=planned.parents,
-            trace=Trace.parse(planned.plan, (work / TRACE).read_bytes()),
-            manifest=Manifest.parse((work / MANIFEST).read_bytes()),
-            files=output_files(planned.plan, _functional(inputs[planned.plan.donor])),
-            agreements=obtained.agreements,
-        )
-        await asyncio.to_thread(finish, merge, target, self._identity, self._clock())
+        await asyncio.to_thread(self._finish, target, planned, obtained, made)
 
-
-PLAN, TRACE, MANIFEST, LEAVES, JOURNAL = "plan.json", "trace.json", "manifest.json", "leaves.bin", "journal"
+    def _finish(self, target: Path, planned: Planned, obtained: Obtained, made: Mapping[str, Any]) -> None:
+        """Add what belongs beside the weights, sign and rename; up to the rename it can be done again."""
+        merged = _read_back(planned, obtained, made)
+        texts = card.files(planned.recipe, planned.plan, planned.parents, merged.manifest.model_id)
+        functional = {name: Path(path).read_bytes() for name, path in made["files"].items()}
+        with CheckpointWriter.create(target, planned.plan.layout) as writer:
+            for name, data in {**functional, **texts}.items():
+                writer.add_file(name, data)
+            if self._identity is None:
+                record(partial_path(target), merged)
+            else:
+                engine = metadata.version("weftmerge")
+                attest(partial_path(target), self._identity, merged, engine=engine, finished_at=self._clock())
+            writer.commit()
 
 
 def work_folder(target: Path) -> Path:
@@ -145,38 +148,47 @@ def _is_there(target: Path, plan: MergePlan) -> bool:
     return True
 
 
+def _read_back(planned: Planned, obtained: Obtained, made: Mapping[str, Any]) -> Merge:
+    """What the worker left on the disk, parsed once more on this side."""
+    return Merge(
+        plan=planned.plan,
+        trace=Trace.parse(planned.plan, Path(made["trace"]).read_bytes()),
+        manifest=Manifest.parse(Path(made["manifest"]).read_bytes()),
+        terms={p.model_id: Terms(licence=p.licence, publisher=p.publisher) for p in planned.parents},
+        agreements=obtained.agreements,
+    )
+
+
 def _request(work: Path, inputs: Sequence[OnDisk], target: Path) -> dict[str, Any]:
     return {
-        "plan": str(work / PLAN),
-        "inputs": [
-            {
-                "directory": str(parent.directory),
-                "manifest": str(work / f"{position}.{MANIFEST}"),
-                "leaves": str(work / f"{position}.{LEAVES}"),
-            }
-            for position, parent in enumerate(inputs)
-        ],
+        "plan": str(work / "plan.json"),
+        "inputs": [worker_input(work, position, parent) for position, parent in enumerate(inputs)],
         "target": str(target),
-        "journal": str(work / JOURNAL),
+        "journal": str(work / "journal"),
         "output": str(work),
     }
 
 
-def _lay_out(work: Path, plan: MergePlan, inputs: Sequence[OnDisk]) -> None:
-    """Write down for the worker what is too large for a message."""
+def worker_input(work: Path, position: int, parent: OnDisk) -> dict[str, str]:
+    """How a worker is told of one parent, with the paths that `lay_out` writes."""
+    return {
+        "directory": str(parent.directory),
+        "manifest": str(work / f"{position}.manifest.json"),
+        "leaves": str(work / f"{position}.leaves.bin"),
+    }
+
+
+def lay_out(work: Path, plan: MergePlan, inputs: Sequence[OnDisk]) -> None:
+    """Write down for a worker what is too large for a message."""
     work.mkdir(parents=True, exist_ok=True)
-    (work / PLAN).write_bytes(plan.to_bytes())
+    (work / "plan.json").write_bytes(plan.to_bytes())
     for position, parent in enumerate(inputs):
-        (work / f"{position}.{MANIFEST}").write_bytes(parent.manifest.to_bytes())
-        (work / f"{position}.{LEAVES}").write_bytes(parent.leaves.to_bytes())
+        paths = worker_input(work, position, parent)
+        Path(paths["manifest"]).write_bytes(parent.manifest.to_bytes())
+        Path(paths["leaves"]).write_bytes(parent.leaves.to_bytes())
 
 
-def _functional(parent: OnDisk) -> dict[str, bytes]:
-    with Checkpoint.open(parent.directory) as checkpoint:
-        return checkpoint.functional_files()
-
-
-def _teller(attempt: Attempt) -> Callable[[dict[str, Any]], None]:
+def teller(attempt: Attempt) -> Callable[[dict[str, Any]], None]:
     """Pass a worker's progress on to the job's watchers."""
 
     def tell(event: dict[str, Any]) -> None:

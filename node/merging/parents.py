@@ -13,7 +13,7 @@ from typing import Protocol
 
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint
-from merge_core.digest import ModelId
+from merge_core.digest import Digest, ModelId
 from merge_core.errors import InvalidRecipe
 from merge_core.plan import MergePlan, ModelHeader, header_of
 from node.catalog import licences
@@ -35,7 +35,7 @@ class Parent:
     header: ModelHeader
     manifest: Manifest
     licence: str
-    publisher: str = ""
+    publisher: Digest | None = None
     directory: Path | None = None
     leaves: LeafTable | None = None
     holders: tuple[PeerId, ...] = ()

@@ -1,0 +1,88 @@
+"""A merge without a node: the same job in the foreground, its journal beside the output."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from merge_core.errors import MergeCoreError
+from merge_core.recipe import Recipe
+from node.domain.job import Created, Job, JobKind, JobState, Resumed
+from node.errors import LocalError
+from node.jobs.journal import Journal
+from node.jobs.runner import JobView, perform
+from node.merging.merge import Merging, leftovers
+
+_JOB = "merge"
+
+
+def journal_path(target: Path) -> Path:
+    """Where the journal of a merge into `target` lies while it is unfinished."""
+    return target.parent / f".{target.name}.weft.db"
+
+
+async def merge(
+    merging: Merging,
+    recipe: Recipe,
+    target: Path,
+    *,
+    resume: bool,
+    clock: Callable[[], float],
+    on_view: Callable[[JobView], None],
+) -> dict[str, Any]:
+    """Merge into `target` and return the job's result; what was left by a killed run needs `resume`.
+
+    Ctrl-C and kill -9 leave what a resume needs, hidden beside the target; an error leaves nothing.
+    """
+    path = journal_path(target)
+    _check_place(target, resume=resume)
+    with closing(Journal.open(path)) as journal:
+        job = _begin(journal, recipe, target, clock())
+        try:
+            ended = await perform(journal, job, merging.merge, clock=clock, on_change=on_view)
+        except MergeCoreError:
+            discard(target)
+            journal.remove()
+            raise
+        journal.remove()
+    result: dict[str, Any] = ended.result
+    return result
+
+
+def discard(target: Path) -> None:
+    """Remove what an unfinished merge left."""
+    for path in leftovers(target):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_place(target: Path, *, resume: bool) -> None:
+    """Raise LocalError where a merge into `target` must not begin."""
+    unfinished = journal_path(target).exists()
+    if not target.parent.is_dir():
+        raise LocalError(f"{target.parent} is not a directory", hint=f"mkdir -p {target.parent}")
+    if not resume and (unfinished or leftovers(target)):
+        raise LocalError(
+            f"an interrupted merge into {target} lies here", hint=f"weft merge RECIPE -o {target} --resume"
+        )
+    if target.exists() and not unfinished:
+        raise LocalError(f"{target} exists", hint=f"weft merge RECIPE -o {target}-2")
+
+
+def _begin(journal: Journal, recipe: Recipe, target: Path, now: float) -> Job:
+    """The job that a killed run left, taken up, or a new one."""
+    request = {"recipe": recipe.to_yaml(), "directory": str(target)}
+    left = journal.jobs()
+    if not left:
+        created = Created(kind=JobKind.MERGE, title=f"{recipe.method} into {target.name}", request=request)
+        return journal.create(_JOB, created, now)
+    if dict(left[0].request) != request:
+        raise LocalError(
+            f"the interrupted merge into {target} was another one",
+            hint=f"weft merge with the first recipe, or rm -r {' '.join(map(str, leftovers(target)))}",
+        )
+    if left[0].state is JobState.SUCCEEDED:
+        return left[0]
+    return journal.append(_JOB, Resumed(), now)
