@@ -4,6 +4,7 @@
     ├── InvalidRecipe       the author of the recipe must change it
     ├── Unmergeable         these models do not go together: choose others
     ├── CorruptCheckpoint   the bytes are not what they claim: fetch or export them again
+    ├── CannotWrite         the disk is full, or something lies where the output belongs: make room
     └── PlanMismatch        a re-execution gave other bytes than were claimed
 
 The message is one line of why; `hint` names the next thing to do.
@@ -35,6 +36,10 @@ class Unmergeable(MergeCoreError):
 
 class CorruptCheckpoint(MergeCoreError):
     """A file is malformed, truncated, or does not match its digest."""
+
+
+class CannotWrite(MergeCoreError):
+    """The disk or the place does not take a checkpoint."""
 
 
 class PlanMismatch(MergeCoreError):

@@ -17,7 +17,14 @@ Errors of merge_core (InvalidRecipe, Unmergeable, CorruptCheckpoint, PlanMismatc
 
 from __future__ import annotations
 
-from merge_core.errors import CorruptCheckpoint, InvalidRecipe, MergeCoreError, PlanMismatch, Unmergeable
+from merge_core.errors import (
+    CannotWrite,
+    CorruptCheckpoint,
+    InvalidRecipe,
+    MergeCoreError,
+    PlanMismatch,
+    Unmergeable,
+)
 from node.domain.reasons import Reason
 
 
@@ -90,6 +97,7 @@ _CORE_EXIT_CODES: dict[type[MergeCoreError], int] = {
     Unmergeable: 6,
     CorruptCheckpoint: 5,
     PlanMismatch: 5,
+    CannotWrite: 7,
 }
 
 

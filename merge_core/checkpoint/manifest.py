@@ -133,6 +133,8 @@ class Manifest:
                 raise ValueError(f"{len(manifest.tensors)} tensors; at most {MAX_TENSORS} are read")
             if manifest.tensor_set_root != value["tensorSetRoot"]:
                 raise ValueError("tensorSetRoot does not belong to the tensors listed")
+            if manifest.to_bytes() != data:
+                raise ValueError("it says something else than what was read of it")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"not a manifest: {error}", hint="ask another holder for it") from error
         return manifest
@@ -185,7 +187,7 @@ def tensor_root_of(dtype: str, shape: Sequence[int], leaves: Sequence[bytes]) ->
 def _tensor(item: Any) -> TensorRecord:
     _keys(item, {"name", "dtype", "shape", "root"})
     name, dtype, shape, root = item["name"], item["dtype"], item["shape"], item["root"]
-    if not TENSOR_NAME.fullmatch(name):
+    if not TENSOR_NAME.fullmatch(name) or name == "__metadata__":
         raise ValueError(f"tensor name {name[:80]!r}")
     if dtype not in dtypes.SIZES:
         raise ValueError(f"dtype {str(dtype)[:20]!r} of {name}")

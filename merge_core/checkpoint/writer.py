@@ -27,17 +27,13 @@ from merge_core.checkpoint.header import Span
 from merge_core.checkpoint.published import INDEX, check_names
 from merge_core.checkpoint.sharding import WeightFile, divide, index_of
 from merge_core.checkpoint.source import TensorInfo
-from merge_core.errors import MergeCoreError
+from merge_core.errors import CannotWrite, 
 
 MAX_SHARD_BYTES = 5 << 30
 DEFAULT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 _FICLONE = 0x40049409
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class CannotWrite(MergeCoreError):
-    """The disk or the place does not take a checkpoint: the person at this machine must act."""
 
 
 class CheckpointWriter:

@@ -25,7 +25,7 @@ from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import Manifest
 from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import ModelId
-from merge_core.errors import Unmergeable
+from merge_core.errors import CannotWrite, Unmergeable
 from merge_core.plan import Draft, Estimate, MergePlan, check, draft
 from merge_core.recipe import Recipe
 from merge_core.trace import Trace
@@ -118,6 +118,11 @@ class Merging:
         texts = card.files(planned.recipe, planned.plan, planned.parents, merged.manifest.model_id)
         functional = {name: Path(path).read_bytes() for name, path in made["files"].items()}
         with CheckpointWriter.create(target, planned.plan.layout) as writer:
+            if not writer.resumed:
+                writer.discard()
+                raise CannotWrite(
+                    f"what was merged into {target} is gone", hint="free disk space, merge again"
+                )
             for name, data in {**functional, **texts}.items():
                 writer.add_file(name, data)
             if self._identity is None:

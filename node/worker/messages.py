@@ -14,8 +14,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from merge_core.checkpoint.writer import CannotWrite
-from merge_core.errors import CorruptCheckpoint, InvalidRecipe, MergeCoreError, PlanMismatch, Unmergeable
+from merge_core.errors import (
+    CannotWrite,
+    CorruptCheckpoint,
+    InvalidRecipe,
+    MergeCoreError,
+    PlanMismatch,
+    Unmergeable,
+)
 from node.errors import LimitReached, LocalError, UsageError, VerificationFailed, WeftError
 
 Emit = Callable[[dict[str, Any]], None]
