@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from merge_core.digest import Digest, ModelId, sha256
 from node.catalog.book import AdvertBook, Outcome, Query, read
@@ -99,6 +99,14 @@ def test_an_older_advert_is_not_taken_even_after_a_restart(book: AdvertBook, sto
     again = AdvertBook(store, network="demo", me=ME.peer_id)
     assert again.admit(sealed(oldest, ALICE), NOW + 200).outcome is Outcome.OLD
     assert names(again, NOW + 200) == [], "what came before the expired advert must not come back"
+
+
+def test_a_number_outlives_its_advert(book: AdvertBook) -> None:
+    long = said(ALICE, 1, lifetime=MAX_LIFETIME)
+    withdrawn = said(ALICE, now=NOW + 10, last=long, lifetime=1)
+    book.admit(sealed(withdrawn, ALICE), NOW + 10)
+    book.forget(NOW + 20)
+    assert book.admit(sealed(long, ALICE), NOW + 20).outcome is Outcome.OLD
 
 
 def test_an_expired_advert_is_neither_offered_nor_taken(book: AdvertBook) -> None:
@@ -280,8 +288,13 @@ class Gossip(RuleBasedStateMachine):
             self.store.close()
             self.folder.cleanup()
 
-    @rule(who=st.sampled_from(KEYS), count=st.sampled_from([0, 1, 3, 120]), lifetime=st.integers(1, 40))
-    def announce(self, who: HostKey, count: int, lifetime: int) -> None:
+    @rule(
+        who=st.sampled_from(KEYS),
+        count=st.sampled_from([0, 1, 3, 120]),
+        lifetime=st.integers(1, 40),
+        heard=st.booleans(),
+    )
+    def announce(self, who: HostKey, count: int, lifetime: int, heard: bool) -> None:
         last = self.last.get(who.peer_id)
         link = Link(seq=last.seq, digest=last.digest) if last else None
         models = [model(len(self.wire) * 1000 + n) for n in range(count)]
@@ -290,27 +303,28 @@ class Gossip(RuleBasedStateMachine):
         ):
             self.wire.append((advert, sealed(advert, who)))
             self.last[who.peer_id] = advert
+            if heard:
+                self.take(*self.wire[-1])
 
-    @rule(data=st.data())
-    def deliver(self, data: st.DataObject) -> None:
-        if self.wire:
-            self.take(*data.draw(st.sampled_from(self.wire)))
+    @precondition(lambda self: self.wire)
+    @rule(picks=st.lists(st.integers(0, 1000), min_size=1, max_size=6))
+    def deliver(self, picks: list[int]) -> None:
+        for pick in picks:
+            self.take(*self.wire[-1 - pick % len(self.wire)])
 
-    @rule(data=st.data(), at=st.integers(0, 10_000))
-    def corrupt(self, data: st.DataObject, at: int) -> None:
-        if self.wire:
-            _, envelope = data.draw(st.sampled_from(self.wire))
-            at %= len(envelope)
-            flipped = envelope[:at] + bytes([envelope[at] ^ 1]) + envelope[at + 1 :]
-            assert self.book.admit(flipped, self.now).outcome is Outcome.MALFORMED
+    @precondition(lambda self: self.wire)
+    @rule(pick=st.integers(0, 1000), at=st.integers(0, 10_000))
+    def corrupt(self, pick: int, at: int) -> None:
+        _, envelope = self.wire[pick % len(self.wire)]
+        at %= len(envelope)
+        flipped = envelope[:at] + bytes([envelope[at] ^ 1]) + envelope[at + 1 :]
+        assert self.book.admit(flipped, self.now).outcome is Outcome.MALFORMED
 
     @rule()
     def lie(self) -> None:
         """The liar says something else under its newest number, to a node that has heard the first."""
-        last = self.last.get(MALLORY.peer_id)
-        if last is None or last.expires_at <= self.now:
-            return
-        self.take(last, sealed(last, MALLORY))
+        self.announce(MALLORY, 1, 40, heard=True)
+        last = self.last[MALLORY.peer_id]
         twin = replace(last, models=(model(999_999),))
         outcome = self.book.admit(sealed(twin, MALLORY), self.now).outcome
         assert outcome in (Outcome.CONTRADICTION, Outcome.BANNED)
@@ -358,4 +372,4 @@ class Gossip(RuleBasedStateMachine):
 
 
 TestGossip = Gossip.TestCase
-TestGossip.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestGossip.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
