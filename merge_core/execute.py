@@ -149,8 +149,8 @@ def audit(
 ) -> AuditReport:
     """Execute the plan again and compare every leaf, the Trace and the functional files with the claims.
 
-    Nothing is written. `donor_files` must be known to be the donor's. The traced values are measured again: where
-    the claimed ones agree they are applied, where not every leaf of the tensor has failed.
+    Nothing is written. `donor_files` must be known to be the donor's. The traced values are measured again;
+    where the claimed ones do not agree, every leaf of the tensor has failed.
     """
     _check_sources(plan, sources, plan.tensors)
     checked = 0

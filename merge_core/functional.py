@@ -1,7 +1,7 @@
 """The files beside the weights of a merged model: config, generation config, tokenizer, chat template.
 
-They come from the donor. JSON that a loader acts on is rebuilt from what is known to be harmless data, because
-a config can name code to import (`auto_map`), kernels to download or paths to read; tokenizer tables and the
+They come from the donor. JSON that a loader acts on is rebuilt from what is known to be harmless, because a
+config can name code to import (`auto_map`), kernels to download or paths to read; tokenizer tables and the
 template are copied. The same plan and donor give the same bytes.
 """
 

@@ -27,7 +27,7 @@ from merge_core.checkpoint.header import Span
 from merge_core.checkpoint.published import INDEX, check_names
 from merge_core.checkpoint.sharding import WeightFile, divide, index_of
 from merge_core.checkpoint.source import TensorInfo
-from merge_core.errors import CannotWrite, 
+from merge_core.errors import CannotWrite
 
 MAX_SHARD_BYTES = 5 << 30
 DEFAULT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})

@@ -19,8 +19,8 @@ from merge_core.checkpoint.published import INDEX
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.checkpoint.sharding import divide, index_of
 from merge_core.checkpoint.source import TensorInfo
-from merge_core.checkpoint.writer import CannotWrite, CheckpointWriter, clone_tree, partial_path
-from merge_core.errors import CorruptCheckpoint
+from merge_core.checkpoint.writer import CheckpointWriter, clone_tree, partial_path
+from merge_core.errors import CannotWrite, CorruptCheckpoint
 
 CONFIG = b'{"architectures":["LlamaForCausalLM"]}'
 TENSORS = {
