@@ -7,13 +7,13 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
     evaluate     {models: {name: directory}, domains, split?, limit?} -> {scores: {name: {domain: share}}}
     fingerprint  {input, output}                               -> {digest, size}
     merge        {plan, inputs, target, journal, output, threads?}
-                 -> {model_id, manifest, leaves, trace, files: {name: path}, weights: {name: sha256}}
+                 -> {model_id, manifest, leaves, trace}
     audit        {plan, trace, inputs, manifest, leaves, threads?}
                  -> {checked, failed: [[tensor, leaf]], failures, trace_ok, files_ok}
 
 An `input` is {directory, manifest, leaves}: a checkpoint, and the paths of its manifest and leaf table;
-`inputs` are in the plan's order. A merge leaves the weights in the partial folder of `target` and everything
-that belongs beside them in the folder `output`: whoever asked signs, adds the files and commits.
+`inputs` are in the plan's order. A merge leaves the weights in the partial folder of `target`, and manifest,
+leaf table and Trace in the folder `output`: whoever asked adds the files, signs and commits.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from typing import Any
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
 from merge_core.checkpoint.published import read_bounded
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, file_digest
-from merge_core.checkpoint.writer import partial_path
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import sha256
 from merge_core.errors import CorruptCheckpoint
-from merge_core.functional import output_files
 from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
 from node.worker.messages import Emit
@@ -94,30 +92,24 @@ def merge(request: Request, emit: Emit) -> Result:
     from merge_core import execute
 
     plan = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN))
-    target, output = Path(request["target"]), Path(request["output"])
     with _inputs(plan, request["inputs"]) as (sources, donor_files):
         merged = execute.run(
             plan,
             sources,
             donor_files,
-            target,
+            Path(request["target"]),
             journal=Path(request["journal"]),
             threads=request.get("threads", _THREADS),
             on_progress=_counter(emit, "merge", plan.output_bytes),
         )
+    output = Path(request["output"])
     output.mkdir(parents=True, exist_ok=True)
     paths = {"manifest": "manifest.json", "leaves": "leaves.bin", "trace": "trace.json"}
     for name, part in (("manifest", merged.manifest), ("leaves", merged.leaves), ("trace", merged.trace)):
         _write(output / paths[name], part.to_bytes())
-    files = {name: output / "files" / name for name in output_files(plan, donor_files)}
-    (output / "files").mkdir(exist_ok=True)
-    for name, data in output_files(plan, donor_files).items():
-        _write(files[name], data)
     return {
         "model_id": merged.manifest.model_id,
         **{name: str(output / path) for name, path in paths.items()},
-        "files": {name: str(path) for name, path in files.items()},
-        "weights": _weight_digests(partial_path(target.resolve()), emit),
     }
 
 
@@ -186,13 +178,6 @@ def _claims(described: Request) -> tuple[Manifest, LeafTable]:
     manifest = Manifest.parse(read_bounded(Path(described["manifest"]), MAX_MANIFEST))
     size = merkle.DIGEST_SIZE * sum(tensor.leaf_count for tensor in manifest.tensors)
     return manifest, LeafTable.parse(manifest, read_bounded(Path(described["leaves"]), size))
-
-
-def _weight_digests(folder: Path, emit: Emit) -> dict[str, str]:
-    """The SHA-256 of each weight file, for whoever signs the directory."""
-    weights = sorted(folder.glob("*.safetensors"))
-    count = _counter(emit, "digest", sum(path.stat().st_size for path in weights))
-    return {path.name: f"sha256:{file_digest(path, count)}" for path in weights}
 
 
 def _counter(emit: Emit, what: str, total: int) -> Callable[[int], None]:
