@@ -1,4 +1,15 @@
 """Where a model comes from, in formats that strangers' tools can check.
 
-oms        model.sig: every file of a published directory, signed (OpenSSF Model Signing)
+    attest.publish(directory, identity, manifest)
+    report = verify(directory, now=time.time())
+    print(report.ok, [check.detail for check in report.checks if check.ok is False])
+
+oms         model.sig: every file of a published directory, signed (OpenSSF Model Signing)
+statement   provenance.dsse.json: what a merge was made of and how (in-toto, SLSA, DSSE)
+agreements  weft.agreements.json: the negotiation that both sides signed
+attest      what a node does to publish: records, statement, signature
+verify      the green and red list over all of these
+lineage     the tree of ancestors that the statements span
+audit       the verdict of somebody who ran the merge again (VSA), kept beside the model
+files       records on disk: whole or not at all, bounded, no links
 """

@@ -51,19 +51,6 @@ class Merge:
     terms: Mapping[ModelId, Terms]
     agreements: tuple[Envelope, ...] = ()
 
-    @property
-    def parents(self) -> tuple[Parent, ...]:
-        """The inputs in the plan's order; raises KeyError where the terms of one are missing."""
-        return tuple(
-            Parent(
-                model_id=model_id,
-                role="base" if index == self.plan.base else "expert",
-                licence=self.terms[model_id].licence,
-                publisher=self.terms[model_id].publisher,
-            )
-            for index, model_id in enumerate(self.plan.inputs)
-        )
-
 
 def publish(
     directory: Path,
@@ -108,7 +95,7 @@ def attest(
         plan=merge.plan.digest,
         trace=merge.trace.digest,
         agreements=None if agreed is None else sha256(agreed),
-        parents=merge.parents,
+        parents=parents_of(merge.plan, merge.terms),
         tensors=origins(merge.plan, merge.manifest),
         builder=identity.peer_id,
         engine=engine,
@@ -122,6 +109,19 @@ def attest(
 def record(directory: Path, merge: Merge) -> None:
     """Record a merge in its directory without signing anything."""
     _write(directory, _files(merge))
+
+
+def parents_of(plan: MergePlan, terms: Mapping[ModelId, Terms]) -> tuple[Parent, ...]:
+    """The inputs in the plan's order; raises KeyError where the terms of one are missing."""
+    return tuple(
+        Parent(
+            model_id=model_id,
+            role="base" if index == plan.base else "expert",
+            licence=terms[model_id].licence,
+            publisher=terms[model_id].publisher,
+        )
+        for index, model_id in enumerate(plan.inputs)
+    )
 
 
 def _files(merge: Merge) -> dict[str, bytes]:

@@ -184,14 +184,15 @@ def _manifest(checkpoint: Checkpoint, on_progress: Progress | None) -> tuple[Man
 def _difference(data: bytes, found: Manifest) -> str:
     """The first thing that a claimed manifest says otherwise than the bytes."""
     claimed = Manifest.parse(data)
-    for what, one, other in (
-        ("tensor", claimed.tensors, found.tensors),
-        ("file", claimed.files, found.files),
-    ):
-        if one != other:
-            first = next((a for a, b in zip(one, other, strict=False) if a != b), None)
-            return f"{what} {getattr(first, 'name', None) or getattr(first, 'path', 'list')}"
-    return "architecture"
+    tensors = {record.name: record for record in found.tensors}
+    files = {record.path: record for record in found.files}
+    for tensor in claimed.tensors:
+        if tensors.get(tensor.name) != tensor:
+            return f"tensor {tensor.name}"
+    for file in claimed.files:
+        if files.get(file.path) != file:
+            return f"file {file.path}"
+    return "architecture, or a tensor or file that it does not list"
 
 
 def _claims_merge(checkpoint: Checkpoint) -> bool:
