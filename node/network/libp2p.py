@@ -836,14 +836,13 @@ def _build_router() -> _Router:
 
 
 def concrete(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
-    """Replace wildcard addresses by those of this machine's interfaces, loopback last."""
+    """Replace wildcard addresses by those of this machine's interfaces; loopback only if there is no other."""
     found: list[str] = []
     for address in addresses:
         text = str(address)
         for version, wildcard in ((4, "/ip4/0.0.0.0/"), (6, "/ip6/::/")):
             if text.startswith(wildcard):
-                hosts = sorted(_interfaces(version), key=lambda host: host in {"127.0.0.1", "::1"})
-                found += [f"/ip{version}/{host}/{text[len(wildcard) :]}" for host in hosts]
+                found += [f"/ip{version}/{host}/{text[len(wildcard) :]}" for host in _interfaces(version)]
                 break
         else:
             found.append(text)
@@ -856,7 +855,7 @@ def _interfaces(version: int) -> list[str]:
         hosts = [str(host) for host in get_network_addrs(version)]
     except Exception:
         hosts = []
-    hosts = [host for host in hosts if not host.lower().startswith(("fe80:", "169.254."))]
+    hosts = [host for host in hosts if not host.lower().startswith(("fe80:", "169.254.", "127.", "::1"))]
     return hosts or ["127.0.0.1" if version == 4 else "::1"]
 
 

@@ -444,6 +444,17 @@ async def test_gossip_crosses_a_neighbour_and_is_delivered_once(world: World) ->
     assert all(ear.delivered.empty() for ear in ears)
 
 
+async def test_a_burst_arrives_whole(world: World) -> None:
+    alice, bob = await world.start(), await world.start()
+    Listener(alice)
+    at_bob = Listener(bob)
+    await joined(alice, bob)
+    sent = {b"%d" % index for index in range(30)}
+    for data in sorted(sent):
+        await alice.publish(TOPIC, data)
+    assert {(await at_bob.hears())[1] for _ in sent} == sent
+
+
 async def test_what_a_neighbour_rejects_or_ignores_goes_no_further(world: World) -> None:
     alice, bob, carol = [await world.start() for _ in range(3)]
     alice.subscribe(TOPIC, lambda author, data: Verdict.ACCEPT, lambda author, data: asyncio.sleep(0))
