@@ -271,10 +271,10 @@ def stock() -> Path:
     return command
 
 
-def accepts(stock: Path, directory: Path) -> bool:
-    """Whether the stock tool verifies `directory` with KEY."""
+def accepts(stock: Path, directory: Path, key: PublisherKey = KEY) -> bool:
+    """Whether the stock tool verifies `directory`."""
     pem = directory.parent / "pub.pem"
-    pem.write_text(KEY.public_pem)
+    pem.write_text(key.public_pem)
     arguments = ["verify", "key", directory, "--signature", directory / "model.sig", "--public_key", pem]
     done = subprocess.run([stock, *arguments], capture_output=True, text=True, check=False)
     assert ("Verification succeeded" in done.stdout) == (done.returncode == 0), done
@@ -308,3 +308,16 @@ def test_we_accept_what_the_stock_tool_signed(stock: Path, model_dir: Path) -> N
     assert "README.md" in oms.verify_directory(model_dir, KEY.public).files
     flip(model_dir / "README.md")
     refused(model_dir, match=r"README\.md")
+
+
+@pytest.mark.foreign
+@pytest.mark.timeout(600)
+def test_the_stock_tool_accepts_added_and_merged_models(stock: Path, family) -> None:
+    for directory, who in ((family.parents["math"], family.owner), (family.merged, family.builder)):
+        assert accepts(stock, directory, who.publisher)
+        for name in oms.verify_directory(directory, who.publisher.public).files:
+            original = (directory / name).read_bytes()
+            flip(directory / name, len(original) // 2)
+            assert not accepts(stock, directory, who.publisher), name
+            refused(directory, who.publisher)
+            (directory / name).write_bytes(original)
