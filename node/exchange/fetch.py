@@ -15,7 +15,6 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge_core.checkpoint import merkle
 from merge_core.checkpoint.header import PREFIX, header_length
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.digest import Digest, ModelId, sha256
@@ -26,16 +25,16 @@ from node.errors import PeerError, VerificationFailed, WeftError
 from node.exchange.blueprint import (
     MAX_SMALL_FILES,
     Blueprint,
-    Leaf,
     WeightFile,
     check_headers,
     is_weights,
     read_header,
     signed_files,
 )
-from node.exchange.holder import Holder, LocalContent, LocalTensor, NothingLocal, Progress
+from node.exchange.holder import Holder, LocalContent, Progress
+from node.exchange.local import LocalTensors, copy
 from node.exchange.lookup import collect, first, nobody, read_leaf_table, read_manifest
-from node.exchange.partial import Partial, aside_of
+from node.exchange.partial import Partial, Salvage, aside_of
 from node.exchange.schedule import Patience, Schedule
 from node.exchange.transfer import Transfer, to_the_end
 from node.identity.binding import PUBLISHER_FILE
@@ -89,7 +88,7 @@ async def fetch(
     manifest = await read_manifest(holders, model_id)
     leaf_table = await read_leaf_table(holders, manifest)
     tally = _Tally()
-    aside: dict[str, LocalTensor] = {}
+    aside: dict[str, Salvage] = {}
     try:
         with ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="leaf") as pool:
             while True:
@@ -98,7 +97,7 @@ async def fetch(
                     blueprint=blueprint,
                     holders=[holder for holder in holders if holder.peer not in tally.dropped],
                     tally=tally,
-                    have=_Chain(aside, have or NothingLocal()),
+                    local=LocalTensors(aside, have),
                     pool=pool,
                     clock=clock,
                     patience=patience,
@@ -129,13 +128,13 @@ class _Job:
     blueprint: Blueprint
     holders: Sequence[Holder]
     tally: _Tally
-    have: LocalContent
+    local: LocalTensors
     pool: Executor
     clock: Callable[[], float]
     patience: Patience | None
     on_progress: Callable[[Progress], None] | None
 
-    async def run(self, destination: Path) -> dict[str, LocalTensor] | None:
+    async def run(self, destination: Path) -> dict[str, Salvage] | None:
         """Fill the layout and put it into place.
 
         Returns None, or, if a header turned out a lie, where the tensors' bytes lie now by content root.
@@ -155,10 +154,9 @@ class _Job:
         for leaves in self.blueprint.by_tensor().values():
             wanted = [leaf for leaf in leaves if leaf.number not in partial.verified]
             if wanted:
-                root = merkle.content_root([leaf.digest for leaf in leaves]).hex()
-                found = self.have.locate(root, sum(leaf.size for leaf in leaves))
-                if found:
-                    self.tally.copied += await to_the_end(self.pool, _copy_tensor, partial, wanted, found)
+                place = self.local.find(leaves)
+                if place:
+                    self.tally.copied += await to_the_end(self.pool, copy, partial, wanted, place)
 
     async def _fetch(self, partial: Partial) -> None:
         leaves = self.blueprint.leaves
@@ -200,32 +198,6 @@ async def _open(destination: Path, blueprint: Blueprint) -> Partial:
         if not opening.exception():
             opening.result().close()
         raise
-
-
-def _copy_tensor(partial: Partial, leaves: Sequence[Leaf], found: LocalTensor) -> int:
-    """Take over leaves from a local file as far as they verify; return how many bytes that were."""
-    copied = 0
-    try:
-        with found.path.open("rb", buffering=0) as file:
-            for leaf in leaves:
-                file.seek(found.offset + leaf.begin)
-                if partial.accept(leaf, file.read(leaf.size)):
-                    copied += leaf.size
-    except OSError:
-        return copied  # moved or removed since it was indexed: then it is fetched
-    return copied
-
-
-class _Chain:
-    """First what a dropped layout left, then what the node has."""
-
-    def __init__(self, aside: Mapping[str, LocalTensor], have: LocalContent) -> None:
-        self._aside = aside
-        self._have = have
-
-    def locate(self, content_root: str, length: int) -> LocalTensor | None:
-        """Where the bytes lie."""
-        return self._aside.get(content_root) or self._have.locate(content_root, length)
 
 
 async def _draw(

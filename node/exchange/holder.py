@@ -41,27 +41,23 @@ class Holder(Protocol):
         """Ranges of tensors, one piece for each leaf that they touch."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalTensor:
-    """Where the bytes of a tensor should already lie."""
+class Place(Protocol):
+    """Where the first byte of a tensor lies."""
 
-    path: Path
-    offset: int
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes from its start."""
 
 
 class LocalContent(Protocol):
-    """The tensors on this machine by content."""
+    """The tensors on this machine by content; what is read there is verified again."""
 
-    def locate(self, content_root: str, length: int) -> LocalTensor | None:
-        """Where `length` bytes with this content root (hex) lie; what is read there is verified again."""
-
-
-class NothingLocal:
-    """A machine without any tensors."""
-
-    def locate(self, content_root: str, length: int) -> LocalTensor | None:
-        """Nowhere."""
-        return None
+    def locate(self, content_root: str, length: int) -> Place | None:
+        """Where `length` bytes with this content root (hex) should lie."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

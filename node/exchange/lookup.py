@@ -23,7 +23,7 @@ from node.exchange.holder import Holder
 PIECE_DEADLINE = 15.0
 """Seconds to wait for the next piece of something small."""
 MAX_CONFIG = 1 << 20
-MAX_FINGERPRINT = 1 << 20
+MAX_FINGERPRINT = 4 << 20
 
 T = TypeVar("T")
 

@@ -18,6 +18,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from merge_core.checkpoint import merkle
@@ -26,9 +27,16 @@ from merge_core.digest import Digest
 from merge_core.errors import CorruptCheckpoint
 from node.errors import LimitReached, LocalError
 from node.exchange.blueprint import Blueprint, Leaf
-from node.exchange.holder import LocalTensor
 
 _NUMBER = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Salvage:
+    """Where a verified tensor lies that was written under another layout."""
+
+    path: Path
+    offset: int
 
 
 class Partial:
@@ -108,17 +116,17 @@ class Partial:
             _sync_folder(self.destination.parent)
         self.discard()
 
-    def set_aside(self) -> dict[str, LocalTensor]:
+    def set_aside(self) -> dict[str, Salvage]:
         """Give up the layout but keep the bytes: where every whole tensor lies now, by content root."""
         aside = aside_of(self.destination)
         self.close()
         shutil.rmtree(aside, ignore_errors=True)
         self._folder.replace(aside)
-        whole: dict[str, LocalTensor] = {}
+        whole: dict[str, Salvage] = {}
         for those in self._blueprint.by_tensor().values():
             if all(leaf.number in self.verified for leaf in those):
                 root = merkle.content_root([leaf.digest for leaf in those]).hex()
-                whole[root] = LocalTensor(path=aside / "files" / those[0].path, offset=those[0].offset)
+                whole[root] = Salvage(path=aside / "files" / those[0].path, offset=those[0].offset)
         return whole
 
     def discard(self) -> None:

@@ -166,8 +166,9 @@ class Schedule:
             left = sorted((shard.pending & self._missing) - helped, reverse=True)
             if shard.peer == peer or not left:
                 continue
-            theirs = max(median(self._peers[shard.peer].intervals or (0.0,)), now - shard.last)
-            gain = len(left) * (theirs - 2 * mine) - HEAD_START
+            pace = median(self._peers[shard.peer].intervals or (0.0,))
+            theirs = max(pace, now - shard.last) + (len(left) - 1) * pace
+            gain = theirs - 2 * len(left) * mine - HEAD_START
             if gain > best[0]:
                 best = (gain, tuple(left[:SHARD_LEAVES]))
         return best[1]

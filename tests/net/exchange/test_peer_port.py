@@ -1,0 +1,298 @@
+"""The peer port: who may call, what they may have, and how a no travels. Real servers on loopback."""
+
+import asyncio
+import hashlib
+import ssl
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from merge_core.digest import Digest, ModelId
+from node.domain.holding import ByteRange, ModelRef
+from node.domain.reasons import Reason
+from node.errors import LocalError, PeerError, Refused, Unreachable
+from node.identity.certificates import make_certificate
+from node.identity.keys import HostKey
+from node.network.base import PeerInfo
+from node.peer import credentials
+from node.peer.admitted import Admitted
+from node.peer.client import Endpoint, PeerClient, target
+from node.peer.credentials import CredentialExchange
+
+pytestmark = pytest.mark.anyio
+UNKNOWN = ModelRef(model_id=ModelId("sha256:" + "9" * 64), publisher=None)
+
+
+def ref(published: Any) -> ModelRef:
+    return ModelRef(model_id=published.expert.model_id, publisher=Digest(published.expert.publisher))
+
+
+async def read(stream: Any) -> bytes:
+    return b"".join([piece async for piece in stream])
+
+
+async def test_an_admitted_peer_reads_what_was_agreed(world: Any, published: Any) -> None:
+    holder, asker = await world.node(published.shelf), await world.node(published.shelf)
+    model = published.expert.model_id
+    client = world.client(asker, holder, grant=model)
+    held = published.shelf.open(model)
+
+    holding = await client.describe(ref(published))
+    assert {f.path: f.size for f in holding.files} == dict(held.files)
+    assert holding.publisher == published.expert.publisher
+    manifest = await read(client.manifest(ref(published)))
+    assert "sha256:" + hashlib.sha256(manifest).hexdigest() == model
+    assert await read(client.leaf_table(ref(published))) == held.leaf_table
+    assert await read(client.fingerprint(ref(published))) == held.fingerprint
+
+    weights = (held.directory / "model.safetensors").read_bytes()
+    assert await read(client.file(ref(published), "model.safetensors", 5, 3_000_000)) == weights[5:3_000_005]
+    _, span = held.tensors["c.odd"]
+    odd = weights[span.begin : span.end]
+    pieces = [
+        p
+        async for p in client.leaves(
+            ref(published),
+            [
+                ByteRange(tensor="c.odd", offset=1_000_000, length=500_001),
+                ByteRange(tensor="b.empty", offset=0, length=0),
+                ByteRange(tensor="a.bias", offset=0, length=28),
+            ],
+        )
+    ]
+    assert [len(p) for p in pieces] == [48_576, 451_425, 28], "cut at the leaves of each tensor"
+    assert b"".join(pieces[:2]) == odd[1_000_000:]
+
+
+async def test_without_an_agreement_only_what_planning_needs_is_served(world: Any, published: Any) -> None:
+    holder, asker = await world.node(published.shelf), await world.node(published.shelf)
+    client = world.client(asker, holder)
+    assert await read(client.manifest(ref(published)))
+    assert await read(client.file(ref(published), "config.json", 0, 10))
+    for stream in (
+        client.file(ref(published), "tokenizer.json", 0, 1),
+        client.file(ref(published), "model.safetensors", 0, 8),
+        client.leaves(ref(published), [ByteRange(tensor="a.bias", offset=0, length=28)]),
+    ):
+        with pytest.raises(Refused) as caught:
+            await read(stream)
+        assert caught.value.reason is Reason.NOT_ENTITLED
+    assert holder.ledger.counted == 0
+
+
+async def test_a_stranger_does_not_get_through_the_handshake(world: Any, published: Any) -> None:
+    holder, friend, stranger = [await world.node(published.shelf) for _ in range(3)]
+    world.client(friend, holder)
+    endpoint = Endpoint(
+        peer=holder.peer, hosts=("127.0.0.1",), port=holder.port, certificate=holder.certificate.pem
+    )
+    client = PeerClient(endpoint, stranger.certificate)
+    world.clients.append(client)
+    with pytest.raises(Unreachable):
+        await client.describe(ref(published))
+
+
+async def test_somebody_elses_server_is_not_taken_for_the_peer(world: Any, published: Any) -> None:
+    holder, imposter, asker = [await world.node(published.shelf) for _ in range(3)]
+    imposter.admitted.admit(asker.peer, asker.certificate.pem)
+    endpoint = Endpoint(
+        peer=holder.peer, hosts=("127.0.0.1",), port=imposter.port, certificate=holder.certificate.pem
+    )
+    client = PeerClient(endpoint, asker.certificate)
+    world.clients.append(client)
+    with pytest.raises(Unreachable):
+        await client.describe(ref(published))
+
+
+async def test_a_dismissed_peer_is_refused_on_the_connection_it_has(world: Any, published: Any) -> None:
+    holder, asker = await world.node(published.shelf), await world.node(published.shelf)
+    client = world.client(asker, holder, lanes=1)
+    await client.describe(ref(published))
+    holder.admitted.dismiss(asker.peer)
+    with pytest.raises(Refused) as caught:
+        await client.describe(ref(published))
+    assert caught.value.reason is Reason.PEER_NOT_ALLOWED
+
+
+async def test_admission_ends_by_itself(world: Any, published: Any) -> None:
+    holder, asker = await world.node(published.shelf), await world.node(published.shelf)
+    client = world.client(asker, holder, lanes=1)
+    await client.describe(ref(published))
+    holder.now += 3601
+    with pytest.raises(Refused) as caught:
+        await client.describe(ref(published))
+    assert caught.value.reason is Reason.PEER_NOT_ALLOWED
+
+
+async def test_what_is_not_there_or_not_well_asked_is_refused_with_its_reason(
+    world: Any, published: Any
+) -> None:
+    holder, asker = await world.node(published.shelf), await world.node(published.shelf)
+    client = world.client(asker, holder, grant=published.expert.model_id)
+    cases = [
+        (client.manifest(UNKNOWN), Reason.UNKNOWN_MODEL),
+        (client.file(ref(published), "../identity/host.pem", 0, 1), Reason.MALFORMED),
+        (client.file(ref(published), "record.json", 0, 1), Reason.MALFORMED),
+        (client.file(ref(published), "config.json", 0, 1 << 20), Reason.MALFORMED),
+        (client.file(ref(published), "config.json", -1, 1), Reason.MALFORMED),
+        (client.leaves(ref(published), [ByteRange(tensor="zz", offset=0, length=1)]), Reason.MALFORMED),
+        (client.leaves(ref(published), [ByteRange(tensor="a.bias", offset=8, length=21)]), Reason.MALFORMED),
+        (
+            client.leaves(ref(published), [ByteRange(tensor="a.bias", offset=0, length=28)] * 5000),
+            Reason.MALFORMED,
+        ),
+    ]
+    for stream, reason in cases:
+        with pytest.raises(Refused) as caught:
+            await read(stream)
+        assert caught.value.reason is reason
+        assert caught.value.reason.sentence in caught.value.why
+
+
+async def test_a_damaged_copy_is_reported_without_a_path(world: Any, published: Any, tmp_path: Path) -> None:
+    held = published.shelf.open(published.expert.model_id)
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(held.directory / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    told = SimpleNamespace(
+        publisher=held.publisher,
+        directory=tmp_path,
+        files={"config.json": 400, "model.safetensors": held.files["model.safetensors"]},
+        tensors=held.tensors,
+    )
+    holder = await world.node(SimpleNamespace(open=lambda *_: told))
+    asker = await world.node(published.shelf)
+    client = world.client(asker, holder, grant=published.expert.model_id)
+    short, symlink = client.file(UNKNOWN, "config.json", 0, 400), client.file(ref(published), link.name, 0, 8)
+    for stream in (short, symlink):
+        with pytest.raises(PeerError) as caught:
+            await read(stream)
+        assert str(tmp_path) not in caught.value.why
+
+
+async def test_a_caller_that_stops_reading_is_cut_off(world: Any, published: Any) -> None:
+    holder = await world.node(published.shelf, write_deadline=0.2)
+    asker = await world.node(published.shelf)
+    client = world.client(asker, holder, grant=published.expert.model_id, lanes=1)
+    stream = client.leaves(
+        ref(published),
+        [ByteRange(tensor=f"model.layers.{i}.weight", offset=0, length=5 << 20) for i in range(4)] * 12,
+    )
+    assert await anext(stream)
+    event = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.6, event.set)
+    await event.wait()
+    with pytest.raises(Refused) as caught:
+        await read(stream)
+    assert caught.value.reason is Reason.BUSY
+
+
+async def test_a_port_in_use_names_the_way_out(world: Any, published: Any) -> None:
+    holder = await world.node(published.shelf)
+    with pytest.raises(LocalError, match="cannot listen") as caught:
+        await (await world.node(published.shelf)).server.start(f"127.0.0.1:{holder.port}")
+    assert "--peer-api" in caught.value.hint
+
+
+async def test_the_cipher_is_aes_gcm_over_tls_1_3_and_nothing_else_gets_in(
+    world: Any, published: Any
+) -> None:
+    holder = await world.node(published.shelf)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=holder.certificate.pem.decode())
+    context.set_alpn_protocols(["h2"])
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", holder.port, ssl=context, server_hostname="peer.weft.invalid"
+    )
+    assert writer.get_extra_info("cipher")[0] in {"TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384"}
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
+        if not await reader.read(1):
+            raise ConnectionResetError
+    writer.close()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{holder.port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await channel.unary_unary("/weft.v1.Peer/Describe")(b"", timeout=5)
+
+
+def test_the_admitted_set_stays_small() -> None:
+    admitted = Admitted(clock=lambda: 0.0, limit=3)
+    hosts = [HostKey.generate() for _ in range(5)]
+    pems = [make_certificate(host, 0.0).pem for host in hosts]
+    for host, pem in zip(hosts[:3], pems[:3], strict=True):
+        admitted.admit(host.peer_id, pem)
+    assert admitted.peer_of(pems[0]) == hosts[0].peer_id
+    admitted.admit(hosts[3].peer_id, pems[3])
+    assert [admitted.peer_of(pem) is not None for pem in pems] == [True, False, True, True, False]
+    admitted.admit(hosts[0].peer_id, pems[4])
+    assert admitted.peer_of(pems[0]) is None, "one certificate for each peer"
+    assert len(admitted.certificates()) == 3
+
+
+class Line:
+    """A network of two: requests go straight to the other side's handler."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.other: tuple[str, CredentialExchange] | None = None
+
+    async def request(self, peer: str, protocol: str, payload: bytes, *, deadline: float) -> bytes:
+        assert self.other and peer == self.other[0] and protocol == credentials.PROTOCOL
+        return await self.other[1].answer(self.peer, payload)  # type: ignore[arg-type]
+
+    def peers(self) -> tuple[PeerInfo, ...]:
+        assert self.other
+        return (
+            PeerInfo(
+                peer=self.other[0],  # type: ignore[arg-type]
+                addresses=(f"/ip4/127.0.0.1/tcp/4001/p2p/{self.other[0]}", "/ip6/::1/tcp/4001"),
+                direction=None,  # type: ignore[arg-type]
+                latency=None,
+            ),
+        )
+
+
+async def test_certificates_are_exchanged_and_bound_to_the_stream(world: Any, published: Any) -> None:
+    holder, asker = await world.node(published.shelf), await world.node(published.shelf)
+    lines = [Line(asker.peer), Line(holder.peer)]
+    ours, theirs = (
+        CredentialExchange(
+            network=line,  # type: ignore[arg-type]
+            admitted=node.admitted,
+            certificate=node.certificate,
+            port=node.port,
+            clock=time.time,
+        )
+        for line, node in zip(lines, (asker, holder), strict=True)
+    )
+    lines[0].other, lines[1].other = (holder.peer, theirs), (asker.peer, ours)
+    endpoint = await ours.ask(holder.peer)
+    assert endpoint.hosts == ("127.0.0.1", "::1") and endpoint.port == holder.port
+    assert target(endpoint) == f"ipv4:127.0.0.1:{holder.port}"
+    client = PeerClient(endpoint, asker.certificate)
+    world.clients.append(client)
+    assert (await client.describe(ref(published))).files
+
+    lines[0].peer = holder.peer  # the asker's certificate on somebody else's stream
+    with pytest.raises(Refused) as caught:
+        await ours.ask(holder.peer)
+    assert caught.value.reason is Reason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"{}",
+        b"\xff",
+        b'{"certificate":"x","port":70000,"version":1}',
+        b'{"certificate":1,"port":1,"version":1}',
+    ],
+)
+def test_malformed_credentials_are_a_peer_error(payload: bytes) -> None:
+    with pytest.raises(PeerError):
+        credentials.parse(payload)
