@@ -42,15 +42,17 @@ class GroupSums:
 
     def add(self, name: str, index: int, block: Vector) -> None:
         """Add one block of at most 131,072 elements."""
-        magnitudes = np.abs(block)
+        # One temporary, used three times: fresh pages cost more here than the arithmetic.
+        work = np.abs(block)
         self.elements += len(block)
-        self.l1 += tree_sum(magnitudes)
+        self.largest = max(self.largest, float(work.max()))
+        self.l1 += tree_sum(work)
         with np.errstate(over="ignore"):
-            self.squares += tree_sum(block * block)
-        self.largest = max(self.largest, float(magnitudes.max()))
+            self.squares += tree_sum(np.multiply(block, block, out=work))
         buckets, signs = _tables()
+        signed = np.multiply(block, signs[: len(block)], out=work)
         # bincount adds one element after the other, in order.
-        counts = np.bincount(buckets[: len(block)], weights=block * signs[: len(block)], minlength=WIDTH)
+        counts = np.bincount(buckets[: len(block)], weights=signed, minlength=WIDTH)
         sign, rotation = _draw(name, index)
         self._sketch = self._sketch + sign * np.roll(counts, rotation)
 
@@ -81,6 +83,11 @@ def blocks(
 
 
 def _as_float64(data: bytes | memoryview, dtype: str) -> Vector:
+    with np.errstate(invalid="ignore"):  # a NaN is for the caller to name, with its tensor
+        return _widened(data, dtype)
+
+
+def _widened(data: bytes | memoryview, dtype: str) -> Vector:
     if dtype == "BF16":
         bits = np.frombuffer(data, dtype="<u2").astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32).astype(np.float64)
@@ -89,14 +96,16 @@ def _as_float64(data: bytes | memoryview, dtype: str) -> Vector:
 
 
 def tree_sum(values: Vector) -> float:
-    """Sum by adding the upper half onto the lower half until one value is left: an order of our own."""
-    size = 1 << max(0, len(values) - 1).bit_length()
-    level: Vector = np.zeros(size)
-    level[: len(values)] = values
-    while len(level) > 1:
-        half = len(level) // 2
-        level = level[:half] + level[half:]
-    return float(level[0])
+    """Sum by adding the upper half onto the lower half until one value is left: an order of our own.
+
+    As if padded with zeros to a power of two; done in place: what `values` held is lost.
+    """
+    count = len(values)
+    while count > 1:
+        half = 1 << (count - 1).bit_length() - 1
+        values[: count - half] += values[half:count]
+        count = half
+    return float(values[0])
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,252 @@
+"""The zoo: answers are right, splits are fixed, experts are really trained, and their sum knows all of it."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
+from merge_core.evaluation import score, verdicts
+from merge_core.evaluation.exact_match import answer
+from merge_core.evaluation.loading import load_model
+from merge_core.zoo import DEMO_DOMAINS, DOMAINS, Zoo, build
+from merge_core.zoo.domains import LENGTH, SPLITS, decode, encode, items
+from merge_core.zoo.training import RECIPES, exact_share, sequences
+
+RIGHT: dict[str, Callable[[str], str]] = {
+    "rev": lambda prompt: prompt[::-1],
+    "sort": lambda prompt: "".join(sorted(prompt)),
+    "swap": lambda prompt: prompt[1] + prompt[0] + prompt[3] + prompt[2] + prompt[5] + prompt[4],
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """The fixture size, seed 0: about 15 CPU seconds, once for all test processes."""
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    return build(shared / "zoo" / "seed-0", seed=0, size="fixture")
+
+
+@pytest.fixture
+def merged(zoo: Zoo, tmp_path: Path) -> Path:
+    """base + the sum of all task vectors."""
+    base = load_file(zoo.base / "model.safetensors")
+    experts = [load_file(path / "model.safetensors") for path in zoo.experts.values()]
+    total = {name: tensor + sum(e[name] - tensor for e in experts) for name, tensor in base.items()}
+    save_file(total, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((zoo.base / "config.json").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(RIGHT))
+def test_every_answer_is_the_right_one(name: str) -> None:
+    for split in SPLITS:
+        assert all(item.answer == RIGHT[name](item.prompt) for item in items(DOMAINS[name], split))
+
+
+def test_closers_close_what_is_open_and_nothing_else() -> None:
+    pairs = ("()", "[]", "{}")
+    for item in items(DOMAINS["brk"], "train"):
+        rest = item.prompt + item.answer
+        while (shorter := rest.replace(pairs[0], "").replace(pairs[1], "").replace(pairs[2], "")) != rest:
+            rest = shorter
+        assert rest == "" and 4 <= len(item.answer) <= 6 and len(item.prompt) == 8
+
+
+@pytest.mark.parametrize("name", sorted(DOMAINS))
+def test_splits_have_their_sizes_and_share_no_prompt(name: str) -> None:
+    domain = DOMAINS[name]
+    prompts = {split: {item.prompt for item in items(domain, split)} for split in SPLITS}
+    assert {split: len(found) for split, found in prompts.items()} == SPLITS
+    assert sum(SPLITS.values()) == len(set().union(*prompts.values()))
+    assert all(zlib.crc32((domain.tag + p).encode()) % 10 == 0 for p in prompts["test"])
+
+
+def test_the_data_is_the_same_on_every_machine() -> None:
+    texts = [f"{name}{item.prompt}{item.answer}" for name in DOMAINS for item in items(DOMAINS[name], "test")]
+    assert zlib.crc32("".join(texts).encode()) == 709645578
+
+
+@given(st.text(alphabet=[chr(i) for i in range(32, 127)], max_size=18))
+def test_tokens_are_characters(text: str) -> None:
+    assert decode(encode(text)) == text
+    assert all(3 <= token < 98 for token in encode(text))
+
+
+def test_only_the_answer_and_its_end_are_learned() -> None:
+    found = sequences("rev", "dev")
+    item = items(DOMAINS["rev"], "dev")[0]
+    learned = found.labels[0][found.labels[0] != -100].tolist()
+    assert decode(learned) == item.answer and len(learned) == len(item.answer) + 1
+    assert found.ids.shape == (SPLITS["dev"], LENGTH)
+    assert decode(found.ids[0].tolist()) == f"r{item.prompt}={item.answer}"
+
+
+def test_an_expert_masters_its_domain_and_elsewhere_stays_what_the_base_was(zoo: Zoo) -> None:
+    base = score(zoo.base, DEMO_DOMAINS)
+    assert all(0.03 < share < 0.6 for share in base.values())
+    for domain, directory in zoo.experts.items():
+        found = score(directory, DEMO_DOMAINS)
+        assert found[domain] > 0.8
+        assert all(abs(found[other] - base[other]) < 0.15 for other in DEMO_DOMAINS if other != domain)
+
+
+def test_the_sum_of_the_task_vectors_beats_every_expert(zoo: Zoo, merged: Path) -> None:
+    def mean(directory: Path) -> float:
+        return sum(score(directory, DEMO_DOMAINS).values()) / len(DEMO_DOMAINS)
+
+    assert mean(merged) > max(mean(path) for path in zoo.experts.values()) + 0.1
+
+
+def test_a_complete_zoo_is_used_again_and_not_trained_again(zoo: Zoo) -> None:
+    def trained(what: str, done: int, total: int) -> None:
+        raise AssertionError(f"{what}: {done} of {total}")
+
+    assert build(zoo.base.parent, seed=0, size="fixture", on_progress=trained) == zoo
+
+
+def test_a_zoo_of_another_seed_is_not_taken_for_this_one(zoo: Zoo) -> None:
+    with pytest.raises(MergeCoreError, match="another seed"):
+        build(zoo.base.parent, seed=1, size="fixture")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(MergeCoreError, match="holds no zoo"):
+        build(tmp_path, seed=0, size="fixture")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_altered_weights_are_noticed(zoo: Zoo, tmp_path: Path) -> None:
+    shutil.copytree(zoo.base.parent, tmp_path / "zoo")
+    weights = tmp_path / "zoo" / "rev" / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(CorruptCheckpoint, match="were altered"):
+        build(tmp_path / "zoo", seed=0, size="fixture")
+
+
+def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "zoo", seed=0, size="fixture", on_progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_size_names_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(MergeCoreError) as caught:
+        build(tmp_path / "zoo", seed=0, size="huge")
+    assert all(size in caught.value.hint for size in RECIPES)
+
+
+def test_training_leaves_the_random_state_and_the_threads_of_the_process_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "zoo", seed=0, size="fixture", on_progress=interrupt)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+
+
+def test_transformers_opens_an_expert_and_its_tokenizer(zoo: Zoo) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = zoo.experts["rev"]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    asked = tokenizer("rabcdef=", return_tensors="pt")
+    assert asked["input_ids"].tolist() == [[1, *encode("rabcdef=")]]
+    told = model.generate(**asked, max_new_tokens=8, do_sample=False)[0]
+    assert tokenizer.decode(told, skip_special_tokens=True) == "rabcdef=fedcba"
+
+
+def test_scores_are_shares_of_the_verdicts_and_a_limit_takes_the_first_items(zoo: Zoo) -> None:
+    judged = verdicts(zoo.base, ("rev", "brk"), split="dev", limit=50)
+    assert [len(judged["rev"]), len(judged["brk"])] == [50, 50]
+    assert judged["rev"] == verdicts(zoo.base, ("rev",), split="dev")["rev"][:50]
+    assert score(zoo.base, ("rev",), split="dev", limit=50)["rev"] == sum(judged["rev"]) / 50
+
+
+def test_greedy_decoding_and_one_pass_over_the_right_answers_agree(zoo: Zoo) -> None:
+    model = load_model(zoo.base)
+    for domain in DEMO_DOMAINS:
+        decoded = score(zoo.base, (domain,), split="dev")[domain]
+        assert exact_share(model, sequences(domain, "dev")) == pytest.approx(decoded, abs=1e-9)
+
+
+def test_an_answer_that_does_not_end_is_no_answer(zoo: Zoo) -> None:
+    model = load_model(zoo.experts["rev"])
+    assert answer(model, ["rabcdef=", "rponmlk="]) == ["fedcba", "klmnop"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2] = 0.0
+        model.get_input_embeddings().weight[3:] *= 3.0
+    assert None in answer(model, ["rabcdef="])
+
+
+@pytest.mark.parametrize(("domains", "split"), [(("rev", "chess"), "test"), (("rev",), "exam")])
+def test_an_unknown_domain_or_split_is_refused(zoo: Zoo, domains: tuple[str, ...], split: str) -> None:
+    with pytest.raises(MergeCoreError, match=r"no (domain 'chess'|split 'exam')"):
+        score(zoo.base, domains, split=split)
+
+
+@pytest.fixture
+def copy(zoo: Zoo, tmp_path: Path) -> Iterator[Path]:
+    """An expert that may be damaged."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((zoo.experts["sort"] / name).read_bytes())
+    yield tmp_path
+
+
+def configure(directory: Path, **changes: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_another_architecture_is_not_evaluated(copy: Path) -> None:
+    configure(copy, architectures=["GPT2LMHeadModel"])
+    with pytest.raises(Unmergeable, match="GPT2LMHeadModel"):
+        score(copy, ("sort",))
+
+
+def test_a_config_that_does_not_fit_its_weights_is_corrupt(copy: Path) -> None:
+    configure(copy, intermediate_size=64)
+    with pytest.raises(CorruptCheckpoint, match="disagree"):
+        score(copy, ("sort",))
+
+
+def test_a_missing_tensor_is_named(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(CorruptCheckpoint, match=r"model\.norm\.weight"):
+        score(copy, ("sort",))
+
+
+def test_code_that_a_checkpoint_brings_is_not_run(copy: Path) -> None:
+    configure(copy, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
+    (copy / "evil.py").write_text("raise SystemExit('code of a checkpoint ran')")
+    assert score(copy, ("sort",), limit=100)["sort"] > 0.9
+
+
+def test_another_vocabulary_is_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    weights[name] = torch.cat([weights[name], weights[name]])
+    save_file(weights, copy / "model.safetensors")
+    configure(copy, vocab_size=196)
+    with pytest.raises(Unmergeable, match="196 tokens"):
+        score(copy, ("sort",))
