@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,16 @@ from node.identity import keyring
 from node.identity.keyring import Identity
 
 if TYPE_CHECKING:
+    from merge_core.digest import ModelId
     from merge_core.recipe import Recipe
     from node.catalog.hashes import HashCache
     from node.catalog.shelf import Added, Shelf
     from node.jobs.runner import JobView
-    from node.merging.merge import Planned
+    from node.merging.known import KnownPlaces
+    from node.merging.parents import LocalParents
+    from node.provenance.lineage import Lineage
+    from node.provenance.verify import Report
+    from node.wire.v1 import control_pb2 as pb
 
 
 def initialise(home: Home, *, now: float) -> Identity:
@@ -43,6 +48,30 @@ def identity(home: Home) -> Identity:
 def identity_if_any(home: Home) -> Identity | None:
     """Who this node is, None before `weft init`; a damaged identity still raises LocalError."""
     return keyring.load(home.identity) if home.identity.exists() else None
+
+
+def ensure_initialised(home: Home) -> None:
+    """Make the identity of a new node unless there is one."""
+    if not home.identity.exists():
+        initialise(home, now=time.time())
+
+
+def node_runs(home: Home) -> bool:
+    """Whether a node runs for this home."""
+    from node.control import running
+
+    return running.find(home) is not None
+
+
+def announce_if_running(home: Home) -> bool:
+    """Let a running node tell its peers what lies on the shelf now; False when none runs."""
+    from node.control.client import ControlClient
+
+    if not node_runs(home):
+        return False
+    with ControlClient.connect(home) as node:
+        node.announce()
+    return True
 
 
 def hashes(home: Home) -> HashCache:
@@ -96,13 +125,32 @@ def needs_no_node(recipe: Recipe) -> bool:
     return is_local(recipe, Path.cwd())
 
 
-def plan_here(home: Home, recipe: Recipe) -> Planned:
-    """Resolve a recipe whose models all lie here."""
-    from node.merging.merge import Merging
+def known_places(home: Home) -> KnownPlaces:
+    """Where models were seen on this machine."""
+    from node.merging.known import KnownPlaces
+
+    held = shelf(home)
+
+    def on_shelf(model_id: ModelId) -> Path | None:
+        expert = held.find(model_id)
+        return expert.directory if expert else None
+
+    return KnownPlaces(home.cache / "known", on_shelf)
+
+
+def local_parents(home: Home) -> LocalParents:
+    """The models on this machine as parents of a merge."""
     from node.merging.parents import LocalParents
 
-    merging = Merging(LocalParents(hashes(home), Path.cwd()), None, clock=time.time)
-    return asyncio.run(merging.plan(recipe))
+    return LocalParents(hashes(home), known_places(home), Path.cwd())
+
+
+def plan_here(home: Home, recipe: Recipe) -> pb.PlanMergeResponse:
+    """Resolve a recipe whose models all lie here."""
+    from node.control import views
+    from node.merging.merge import Merging
+
+    return views.plan(asyncio.run(Merging(local_parents(home), None, clock=time.time).plan(recipe)))
 
 
 def merge_here(
@@ -111,9 +159,54 @@ def merge_here(
     """Merge models that all lie here, without a node; signed where there is an identity."""
     from node.merging import local
     from node.merging.merge import Merging
-    from node.merging.parents import LocalParents
 
-    merging = Merging(LocalParents(hashes(home), Path.cwd()), identity_if_any(home), clock=time.time)
+    merging = Merging(local_parents(home), identity_if_any(home), clock=time.time, known=known_places(home))
     return asyncio.run(
         local.merge(merging, recipe, directory.absolute(), resume=resume, clock=time.time, on_view=on_view)
     )
+
+
+def verify(
+    directory: Path, publisher: Path | None, *, on_progress: Callable[[int], None] | None = None
+) -> Report:
+    """Check everything that a directory says about itself; `publisher` is a PEM file to pin."""
+    from node.identity.keys import PublicPublisherKey
+    from node.provenance.verify import verify as check
+
+    key = None
+    if publisher is not None:
+        try:
+            key = PublicPublisherKey.from_pem(publisher.read_bytes())
+        except (OSError, ValueError) as error:
+            raise LocalError(
+                f"{publisher} is not a P-256 public key in PEM: {error}", hint="weft id show prints one"
+            ) from error
+    return check(directory, publisher=key, now=time.time(), on_progress=on_progress)
+
+
+def audit_here(
+    home: Home, directory: Path, parents: Sequence[Path], *, on_view: Callable[[JobView], None]
+) -> dict[str, Any]:
+    """Execute a merge again from parents on this machine; raises NotEnoughPeers where one is missing."""
+    from node.merging import local
+    from node.merging.audit import Auditing
+    from node.merging.parents import local_parent
+
+    known = known_places(home)
+    for path in parents:
+        known.remember(local_parent(str(path), path.absolute(), hashes(home), None).model_id, path.absolute())
+    auditing = Auditing(
+        local_parents(home),
+        hashes(home),
+        identity_if_any(home),
+        claims=home.root / "claims.jsonl",
+        clock=time.time,
+    )
+    return asyncio.run(local.audit(auditing, directory.absolute(), clock=time.time, on_view=on_view))
+
+
+def lineage(home: Home, directory: Path) -> Lineage:
+    """Follow a model to its roots, through directories on this machine."""
+    from node.provenance.lineage import lineage as follow
+
+    return follow(directory, known_places(home).find)

@@ -1,4 +1,4 @@
-"""Fingerprints of checkpoints that are being added, computed in a worker: the daemon and the CLI load no torch."""
+"""Fingerprints of checkpoints that are being added, computed in a worker: nobody else loads torch."""
 
 from __future__ import annotations
 

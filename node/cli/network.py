@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from node.cli import render
-from node.cli.output import out, size, table
+from node.cli import follow, render
+from node.cli.output import out
 
-if TYPE_CHECKING:
-    from node.control.client import ControlClient
-
-NETWORK = "The network"
 MERGING = "Merging"
 jobs_verbs = typer.Typer(no_args_is_help=True, help="List, watch, cancel or resume long-running work.")
 
 
 def register(app: typer.Typer) -> None:
     """Hang these verbs on the command."""
-    for verb in (up, down, status):
-        app.command(rich_help_panel="This node")(verb)
-    for verb in (peers, invite, join, search, get):
-        app.command(rich_help_panel=NETWORK)(verb)
-    for verb in (plan, merge):
-        app.command(rich_help_panel=MERGING)(verb)
+    panels: dict[str, tuple[Callable[..., None], ...]] = {
+        "This node": (up, down, status),
+        "The network": (peers, invite, join, search, get),
+        MERGING: (plan, merge),
+    }
+    for panel, verbs in panels.items():
+        for verb in verbs:
+            app.command(rich_help_panel=panel)(verb)
     app.add_typer(jobs_verbs, name="jobs", rich_help_panel=MERGING)
 
 
@@ -37,6 +35,7 @@ def up(
     network: Annotated[str | None, typer.Option(help="The network's name.")] = None,
     listen: Annotated[list[str] | None, typer.Option(help="libp2p multiaddr, repeatable.")] = None,
     peer_api: Annotated[str | None, typer.Option(help="host:port of the peer data plane.")] = None,
+    control_api: Annotated[str | None, typer.Option(help="host:port of the local API.")] = None,
     bootstrap: Annotated[list[str] | None, typer.Option(help="Peer to dial first, repeatable.")] = None,
 ) -> None:
     """Start the node: discovery, the peer port and the local API."""
@@ -44,10 +43,16 @@ def up(
     from node.home import Home
 
     home = Home.default()
-    flags = {"network": network, "listen": listen, "peer_api": peer_api, "bootstrap": bootstrap}
-    settings = config.load(home.config, flags)
     if init:
         app.ensure_initialised(home)
+    flags = {
+        "network": network,
+        "listen": listen,
+        "peer_api": peer_api,
+        "control_api": control_api,
+        "bootstrap": bootstrap,
+    }
+    settings = config.load(home.config, flags)
     if detach:
         app.start_detached(home, settings)
         status()
@@ -66,20 +71,25 @@ def down() -> None:
 
 def status() -> None:
     """Show who this node is, where it listens and how it does."""
-    data = _ask(lambda node: node.status())
+    from node.home import Home
+
+    data = follow.ask(Home.default(), lambda node: node.status())
     out.result(data, lambda console: render.status(console, data))
 
 
 def peers() -> None:
     """List the peers that this node is connected to."""
-    with _node() as node:
-        data = _data(node.peers())
+    from node.home import Home
+
+    data = follow.ask_all(Home.default(), lambda node: node.peers())
     out.result({"peers": data}, lambda console: render.peers(console, data))
 
 
 def invite() -> None:
     """Print a ticket; who runs `weft join TICKET` joins this network through this node."""
-    with _node() as node:
+    from node.home import Home
+
+    with follow.running_node(Home.default()) as node:
         ticket = node.invite()
     out.say("Give it to whoever should join: [bold]weft join TICKET[/]")
     out.result({"ticket": ticket}, lambda console: console.print(ticket))
@@ -90,16 +100,18 @@ def join(ticket: str) -> None:
     from node import app
     from node.home import Home
 
-    data = app.join(Home.default(), ticket)
-    out.result(data, lambda console: console.print(f"joined {data['network']} through {data['peer_id']}"))
+    joined = app.join(Home.default(), ticket)
+    data = {"network": joined.network, "peer_id": joined.peer}
+    out.result(data, lambda console: console.print(f"joined {joined.network} through {joined.peer}"))
 
 
 def search(
     query: Annotated[str, typer.Argument(help="Words in name, architecture or licence.")] = "",
 ) -> None:
     """Search the experts that this node and its peers advertise."""
-    with _node() as node:
-        data = _data(node.search(query))
+    from node.home import Home
+
+    data = follow.ask_all(Home.default(), lambda node: node.search(query))
     out.result({"experts": data}, lambda console: render.experts(console, data))
 
 
@@ -108,11 +120,11 @@ def get(
     publisher: Annotated[str, typer.Option(help="Only as signed by this publisher key id.")] = "",
 ) -> None:
     """Fetch an expert as its publisher signed it, verified, and become a second holder of it."""
+    from node.home import Home
     from node.wire.v1 import control_pb2 as pb
 
-    with _node() as node:
-        request = pb.StartGetRequest(request_id=uuid.uuid4().hex, model_id=model_id, publisher=publisher)
-        data = _follow(node, node.start_get(request))
+    request = pb.StartGetRequest(request_id=uuid.uuid4().hex, model_id=model_id, publisher=publisher)
+    data = follow.to_the_end(Home.default(), lambda node: node.start_get(request))
     out.result(data, lambda console: console.print(data["directory"]))
 
 
@@ -120,8 +132,13 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A mergekit YAML file.")]) 
     """Resolve a recipe and show what it would cost, without moving a byte of weights."""
     from node import app
     from node.home import Home
+    from node.wire.view import to_data
 
-    data = app.plan(Home.default(), recipe)
+    home, wanted = Home.default(), app.read_recipe(recipe)
+    if app.needs_no_node(wanted):
+        data = to_data(app.plan_here(home, wanted))
+    else:
+        data = follow.ask(home, lambda node: node.plan(wanted.to_yaml()))
     out.result(data, lambda console: render.plan(console, data))
 
 
@@ -136,45 +153,54 @@ def merge(
     from node import app
     from node.home import Home
 
-    home = Home.default()
     if dry_run:
         plan(recipe)
         return
-    if app.needs_no_node(recipe):
+    home, wanted = Home.default(), app.read_recipe(recipe)
+    if app.needs_no_node(wanted):
         with render.live(out) as show:
-            data = app.merge_here(home, recipe, directory, resume=resume, publish=publish, on_view=show)
+            data = app.merge_here(
+                home, wanted, directory, resume=resume, on_view=lambda view: show(render.view_data(view))
+            )
+        if publish:
+            app.share(home, Path(data["directory"]), name=publish)
     else:
-        with _node() as node:
-            data = _follow(node, node.start_merge(app.merge_request(recipe, directory, publish, resume)))
+        request = app.merge_request(wanted, directory, publish=publish, resume=resume)
+        data = follow.to_the_end(home, lambda node: node.start_merge(request))
     out.result(data, lambda console: render.merged(console, out, data))
 
 
 @jobs_verbs.command("ls")
 def jobs_ls() -> None:
     """List jobs, newest first."""
-    with _node() as node:
-        data = _data(node.jobs())
+    from node.home import Home
+
+    data = follow.ask_all(Home.default(), lambda node: node.jobs())
     out.result({"jobs": data}, lambda console: render.jobs(console, data))
 
 
 @jobs_verbs.command("watch")
 def jobs_watch(job: str) -> None:
     """Follow a job to its end."""
-    with _node() as node:
-        data = _follow(node, node.job(job))
+    from node.home import Home
+
+    data = follow.to_the_end(Home.default(), lambda node: next(node.watch(job)))
     out.result(data, lambda console: render.job(console, data))
 
 
 @jobs_verbs.command("cancel")
 def jobs_cancel(job: str) -> None:
     """Stop a job; what it has fetched stays for a resume."""
-    data = _ask(lambda node: node.cancel(job))
+    from node.home import Home
+
+    data = follow.ask(Home.default(), lambda node: node.cancel(job))
     out.result(data, lambda console: render.job(console, data))
 
 
 @jobs_verbs.command("resume")
 def jobs_resume(job: str) -> None:
     """Take up a job that failed or was cancelled, and follow it to its end."""
-    with _node() as node:
-        data = _follow(node, node.resume(job))
+    from node.home import Home
+
+    data = follow.to_the_end(Home.default(), lambda node: node.resume(job))
     out.result(data, lambda console: render.job(console, data))

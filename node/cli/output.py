@@ -1,6 +1,6 @@
 """stdout is data, stderr is the story.
 
-With `--json` the data is one envelope `{"schema": "weft.cli/v1", "ok": ..., "data": ...}` and nobody is prompted;
+With `--json` the data is one envelope `{"schema": "weft.cli/v1", "ok": …, "data": …}` and nobody is prompted;
 without it the data is what a person came for (an id, a table), and the story around it goes to stderr.
 """
 

@@ -8,13 +8,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.tree import Tree
 
 from node.cli.output import Output, size, table
+
+if TYPE_CHECKING:
+    from node.catalog.expert import Expert
+    from node.jobs.runner import JobView
+    from node.provenance.lineage import Lineage
 
 Data = dict[str, Any]
 Show = Callable[[Data], None]
@@ -43,6 +49,25 @@ def live(out: Output) -> Iterator[Show]:
         yield _Follower(out, bar)
 
 
+@contextmanager
+def hashing(out: Output, what: str) -> Iterator[Callable[[int], None]]:
+    """A counter of bytes on stderr for as long as something is hashed, possibly by several threads."""
+    with Progress(
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[amount]}"),
+        console=out.story_console,
+        transient=True,
+        disable=out.as_json or not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task(escape(what), total=None, amount="")
+
+        def count(more: int) -> None:
+            bar.advance(task, more)
+            bar.update(task, amount=size(bar.tasks[task].completed))
+
+        yield count
+
+
 class _Follower:
     """Tell a job's story: one line a state, one bar for the step at hand."""
 
@@ -67,6 +92,18 @@ class _Follower:
                 total=progress["total"] or None,
                 amount=f"{size(progress['done'])} of {size(progress['total'])}",
             )
+
+
+def view_data(view: JobView) -> Data:
+    """A job of this process as the data that `live` shows."""
+    progress = view.progress
+    return {
+        "state": view.job.state.value.lower(),
+        "waiting_on": view.job.waiting_on,
+        "progress": None
+        if progress is None
+        else {"what": progress.what, "done": progress.done, "total": progress.total},
+    }
 
 
 def status(console: Console, data: Data) -> None:
@@ -119,11 +156,50 @@ def experts(console: Console, rows: list[Data]) -> None:
             "",
             ("name", "model id", "architecture", "licence", "size", "holders"),
             (
-                (e["name"], e["model_id"], e["architecture"], e["licence"], size(e["size"]), _holders(e))
+                (
+                    e["name"],
+                    short(e["model_id"]),
+                    e["architecture"],
+                    e["licence"],
+                    size(e["size"]),
+                    _holders(e),
+                )
                 for e in rows
             ),
         )
     )
+
+
+def expert_data(expert: Expert) -> Data:
+    """An expert on this node's shelf as data."""
+    return {
+        "model_id": expert.model_id,
+        "name": expert.name,
+        "licence": expert.licence,
+        "architecture": expert.architecture,
+        "size": expert.size,
+        "publisher": expert.publisher,
+        "fingerprint": expert.fingerprint,
+        "origin": expert.origin.value,
+        "intact": not expert.changed,
+    }
+
+
+def shelf(console: Console, rows: list[Data]) -> None:
+    """One line an expert that this node holds."""
+    if not rows:
+        console.print("nothing shared yet; share an expert with: weft add DIR")
+        return
+    body = (
+        (e["name"], short(e["model_id"]), e["architecture"], e["licence"], size(e["size"]), e["origin"])
+        for e in rows
+    )
+    console.print(table("", ("name", "model id", "architecture", "licence", "size", "origin"), body))
+
+
+def short(model_id: str) -> str:
+    """Enough of an id to tell it from others and to type it; `--json` has all of it."""
+    return model_id[:19]
 
 
 def _holders(expert: Data) -> str:
@@ -137,7 +213,7 @@ def plan(console: Console, data: Data) -> None:
         (
             i["role"],
             i["reference"],
-            i["model_id"],
+            short(i["model_id"]),
             i["licence"],
             size(i["size"]),
             "here" if i["local"] else ", ".join(p[-6:] for p in i["holders"]) or "nobody",
@@ -161,7 +237,7 @@ def plan(console: Console, data: Data) -> None:
 def merged(console: Console, out: Output, data: Data) -> None:
     """The new model's id on stdout; what to do with it on stderr."""
     out.say(f"The merged model lies in [bold]{escape(data['directory'])}[/]")
-    if data.get("unsigned"):
+    if data.get("signed") is False:
         out.say("It is [yellow]unsigned[/]: there is no identity here. To sign: weft init, then merge again")
     out.say(f"Check it: [bold]weft verify {escape(data['directory'])} --audit full[/]")
     console.print(data["model_id"])
@@ -189,6 +265,23 @@ def report(console: Console, data: Data) -> None:
     marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[yellow]![/]"}
     for check in data["checks"]:
         console.print(f"{marks[check['ok']]} {escape(check['name'])}  [dim]{escape(check['detail'])}[/]")
+
+
+def lineage(model: Lineage) -> Tree:
+    """A family tree, the model at the top and its parents below."""
+    tree = Tree(_ancestor(model))
+    _grow(tree, model)
+    return tree
+
+
+def _grow(tree: Tree, model: Lineage) -> None:
+    for parent in model.parents:
+        _grow(tree.add(_ancestor(parent)), parent)
+
+
+def _ancestor(model: Lineage) -> str:
+    words = [model.role, model.model_id, *model.operators, model.licence, model.origin.value, model.detail]
+    return escape("  ".join(word for word in words if word))
 
 
 def _pairs(console: Console, rows: Iterable[tuple[str, object]]) -> None:

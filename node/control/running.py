@@ -6,10 +6,9 @@ import json
 import os
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 
 from node.errors import LocalError, NodeNotRunning
-from node.home import Home
+from node.home import Home, write_private
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +65,3 @@ def read_token(home: Home) -> str:
         raise LocalError(
             f"the node's token cannot be read: {error.strerror}", hint="run as the user that started the node"
         ) from error
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    temporary.replace(path)

@@ -182,7 +182,7 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
         return views.job(JobView(job=self._node.jobs.start(job_id, created)))
 
 
-class Guard(grpc.aio.ServerInterceptor):
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Let nobody in without the token, and describe typed errors; health and reflection are open."""
 
     def __init__(self, token: str) -> None:

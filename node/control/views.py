@@ -9,6 +9,7 @@ from node.domain.job import Job, JobKind, JobState
 from node.domain.negotiation import Agreement
 from node.identity.envelopes import Envelope
 from node.jobs.runner import JobView
+from node.merging.merge import Planned
 from node.network.base import PeerInfo
 from node.wire.v1 import control_pb2 as pb
 
@@ -43,7 +44,10 @@ def job(view: JobView) -> pb.Job:
     if "checked" in result:
         message.audit.CopyFrom(
             pb.AuditResult(
-                checked=result["checked"], failed=result["failed"], statement=result.get("statement", "")
+                checked=result["checked"],
+                failed=result["failed"],
+                statement=result["statement"],
+                passed=result["passed"],
             )
         )
     if found.state is JobState.FAILED:
@@ -88,4 +92,30 @@ def _error(found: Job) -> pb.JobError:
         why=error.get("why", ""),
         hint=error.get("hint", ""),
         exit_code=error.get("exit_code", 1),
+        problems=error.get("problems", ()),
+    )
+
+
+def plan(planned: Planned) -> pb.PlanMergeResponse:
+    """A sealed plan and what it costs."""
+    inputs = [
+        pb.PlanInput(
+            reference=parent.reference,
+            model_id=parent.model_id,
+            role="base" if position == planned.plan.base else "expert",
+            licence=parent.licence,
+            size=parent.manifest.size,
+            local=parent.directory is not None,
+            holders=parent.holders,
+        )
+        for position, parent in enumerate(planned.parents)
+    ]
+    return pb.PlanMergeResponse(
+        plan=planned.plan.digest,
+        operator=planned.recipe.method,
+        inputs=inputs,
+        tensors=planned.estimate.tensors,
+        output_bytes=planned.estimate.output_bytes,
+        fetch_bytes=sum(item.size for item in inputs if not item.local),
+        peak_ram_bytes=planned.estimate.peak_ram_bytes,
     )

@@ -18,7 +18,7 @@ CARD_FILE = "README.md"
 
 def files(recipe: Recipe, plan: MergePlan, parents: Sequence[Parent], model_id: ModelId) -> dict[str, bytes]:
     """The two files, by name."""
-    published = rename(recipe, {parent.reference: parent.model_id for parent in parents}).to_yaml()
+    published = rename(recipe, {parent.reference: str(parent.model_id) for parent in parents}).to_yaml()
     return {
         RECIPE_FILE: published.encode(),
         CARD_FILE: _card(recipe, published, plan, parents, model_id).encode(),

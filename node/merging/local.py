@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_core.errors import MergeCoreError
@@ -14,6 +15,7 @@ from node.domain.job import Created, Job, JobKind, JobState, Resumed
 from node.errors import LocalError
 from node.jobs.journal import Journal
 from node.jobs.runner import JobView, perform
+from node.merging.audit import Auditing
 from node.merging.merge import Merging, leftovers
 
 _JOB = "merge"
@@ -48,6 +50,24 @@ async def merge(
             journal.remove()
             raise
         journal.remove()
+    result: dict[str, Any] = ended.result
+    return result
+
+
+async def audit(
+    auditing: Auditing, directory: Path, *, clock: Callable[[], float], on_view: Callable[[JobView], None]
+) -> dict[str, Any]:
+    """Audit a directory in the foreground; nothing of it is worth resuming, so nothing is kept."""
+    with (
+        TemporaryDirectory(prefix="weft-audit-") as folder,
+        closing(Journal.open(Path(folder) / "audit.db")) as journal,
+    ):
+        request = {"directory": str(directory)}
+        created = Created(kind=JobKind.AUDIT, title=f"audit of {directory.name}", request=request)
+        job = journal.create("audit", created, clock())
+        ended = await perform(
+            journal, job, lambda attempt: auditing.audit(attempt, directory), clock=clock, on_change=on_view
+        )
     result: dict[str, Any] = ended.result
     return result
 

@@ -23,17 +23,21 @@ from typing import Any
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import Manifest
+from merge_core.checkpoint.published import read_bounded
 from merge_core.checkpoint.writer import CheckpointWriter, partial_path
-from merge_core.digest import ModelId
-from merge_core.errors import CannotWrite, Unmergeable
+from merge_core.digest import ModelId, sha256
+from merge_core.errors import CannotWrite, CorruptCheckpoint, Unmergeable
+from merge_core.functional import output_files
 from merge_core.plan import Draft, Estimate, MergePlan, check, draft
 from merge_core.recipe import Recipe
 from merge_core.trace import Trace
 from node.domain.job import JobState
+from node.domain.negotiation import Purpose
 from node.errors import LocalError
 from node.identity.keyring import Identity
 from node.jobs.runner import Attempt
 from node.merging import card
+from node.merging.known import KnownPlaces
 from node.merging.parents import Obtained, OnDisk, Parent, ParentSource
 from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, Merge, Terms, attest, record
 from node.worker import process
@@ -61,11 +65,14 @@ class Merging:
         identity: Identity | None,
         *,
         clock: Callable[[], float],
+        known: KnownPlaces | None = None,
         publish: Publish | None = None,
     ) -> None:
+        """`known` is told where parents and results lie."""
         self._parents = parents
         self._identity = identity
         self._clock = clock
+        self._known = known
         self._publish = publish
 
     async def plan(self, recipe: Recipe, attempt: Attempt | None = None) -> Planned:
@@ -90,10 +97,11 @@ class Merging:
             )
         attempt.reach("plan", planned.plan.digest)
         if not _is_there(target, planned.plan):
-            obtained = await self._parents.obtain(planned.parents, planned.plan, attempt)
+            obtained = await self._parents.obtain(planned.parents, planned.plan, Purpose.MERGE, attempt)
             await self._execute(attempt, planned, obtained, target)
         manifest = Manifest.parse((target / MANIFEST_FILE).read_bytes())
         await asyncio.to_thread(shutil.rmtree, work_folder(target), ignore_errors=True)
+        self._remember(planned, manifest.model_id, target)
         if self._publish and attempt.request.get("publish_as"):
             name = attempt.request["publish_as"]
             await self._publish(target, name, card.combined_licence(planned.parents))
@@ -102,6 +110,13 @@ class Merging:
             "directory": str(target),
             "signed": self._identity is not None,
         }
+
+    def _remember(self, planned: Planned, model_id: ModelId, target: Path) -> None:
+        if self._known is not None:
+            self._known.remember(model_id, target)
+            for parent in planned.parents:
+                if parent.directory is not None:
+                    self._known.remember(parent.model_id, parent.directory)
 
     async def _execute(self, attempt: Attempt, planned: Planned, obtained: Obtained, target: Path) -> None:
         attempt.enter(JobState.MERGING)
@@ -116,7 +131,8 @@ class Merging:
         """Add what belongs beside the weights, sign and rename; up to the rename it can be done again."""
         merged = _read_back(planned, obtained, made)
         texts = card.files(planned.recipe, planned.plan, planned.parents, merged.manifest.model_id)
-        functional = {name: Path(path).read_bytes() for name, path in made["files"].items()}
+        donor = obtained.parents[planned.plan.inputs[planned.plan.donor]]
+        functional = output_files(planned.plan, _functional(donor))
         with CheckpointWriter.create(target, planned.plan.layout) as writer:
             if not writer.resumed:
                 writer.discard()
@@ -191,6 +207,17 @@ def lay_out(work: Path, plan: MergePlan, inputs: Sequence[OnDisk]) -> None:
         paths = worker_input(work, position, parent)
         Path(paths["manifest"]).write_bytes(parent.manifest.to_bytes())
         Path(paths["leaves"]).write_bytes(parent.leaves.to_bytes())
+
+
+def _functional(parent: OnDisk) -> dict[str, bytes]:
+    """The donor's functional files; raises CorruptCheckpoint where one is not what its manifest names."""
+    files = {f.path: read_bounded(parent.directory / f.path, f.size) for f in parent.manifest.files}
+    for file in parent.manifest.files:
+        if sha256(files[file.path]) != file.sha256:
+            raise CorruptCheckpoint(
+                f"{parent.directory / file.path} has changed", hint=f"weft verify {parent.directory}"
+            )
+    return files
 
 
 def teller(attempt: Attempt) -> Callable[[dict[str, Any]], None]:

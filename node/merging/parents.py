@@ -14,14 +14,15 @@ from typing import Protocol
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint
 from merge_core.digest import Digest, ModelId
-from merge_core.errors import InvalidRecipe
 from merge_core.plan import MergePlan, ModelHeader, header_of
 from node.catalog import licences
 from node.catalog.hashes import HashCache
 from node.domain.ids import PeerId
+from node.domain.negotiation import Purpose
+from node.errors import NotEnoughPeers
 from node.identity.envelopes import Envelope
 from node.jobs.runner import Attempt
-from node.merging.references import LocalDirectory, parse_reference
+from node.merging.references import LocalDirectory, Published, parse_reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,34 +72,53 @@ class ParentSource(Protocol):
         """Resolve references, in order; raises InvalidRecipe, CorruptCheckpoint or NotEnoughPeers."""
         ...
 
-    async def obtain(self, parents: Sequence[Parent], plan: MergePlan, attempt: Attempt) -> Obtained:
+    async def obtain(
+        self, parents: Sequence[Parent], plan: MergePlan, purpose: Purpose, attempt: Attempt
+    ) -> Obtained:
         """Bring every parent to this disk; raises Refused, Unreachable, NotEnoughPeers, LimitReached."""
         ...
 
 
-class LocalParents:
-    """Directories on this machine: hashed once, remembered by what identifies the files unread."""
+class Known(Protocol):
+    """What this machine remembers of where models lie."""
 
-    def __init__(self, hashes: HashCache, folder: Path) -> None:
-        """Relative references are read from `folder`."""
+    def find(self, model_id: ModelId) -> Path | None:
+        """A directory that held this model when it was last looked at."""
+        ...
+
+
+class LocalParents:
+    """Checkpoints on this machine: hashed once, remembered by what identifies the files unread."""
+
+    def __init__(self, hashes: HashCache, known: Known, folder: Path) -> None:
+        """Relative references are read from `folder`; model ids are looked up in `known`."""
         self._hashes = hashes
+        self._known = known
         self._folder = folder
 
     async def find(self, references: Sequence[str], attempt: Attempt | None) -> tuple[Parent, ...]:
-        """Open and measure each directory; a reference that is none raises InvalidRecipe."""
+        """Measure each checkpoint; raises NotEnoughPeers where one is not on this machine."""
         return tuple([await self._one(reference, attempt) for reference in references])
 
-    async def obtain(self, parents: Sequence[Parent], plan: MergePlan, attempt: Attempt) -> Obtained:
+    async def obtain(
+        self, parents: Sequence[Parent], plan: MergePlan, purpose: Purpose, attempt: Attempt
+    ) -> Obtained:
         """Nothing has to move."""
         return Obtained(parents={parent.model_id: on_disk(parent) for parent in parents})
 
     async def _one(self, reference: str, attempt: Attempt | None) -> Parent:
         found = parse_reference(reference, self._folder)
-        if not isinstance(found, LocalDirectory):
-            raise InvalidRecipe(
-                f"{reference} is not a directory here", hint="weft up -d, then weft merge again"
+        path = found.path if isinstance(found, LocalDirectory) else None
+        if isinstance(found, Published):
+            path = self._known.find(found.model_id)
+        if path is None:
+            raise NotEnoughPeers(
+                f"{reference} is not on this machine", hint="weft up -d, so that it is fetched; then again"
             )
-        return await asyncio.to_thread(local_parent, reference, found.path, self._hashes, attempt)
+        parent = await asyncio.to_thread(local_parent, reference, path, self._hashes, attempt)
+        if isinstance(found, Published) and parent.model_id != found.model_id:
+            raise NotEnoughPeers(f"{path} no longer holds {found.model_id}", hint=f"weft verify {path}")
+        return parent
 
 
 def local_parent(reference: str, directory: Path, hashes: HashCache, attempt: Attempt | None) -> Parent:

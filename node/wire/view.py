@@ -1,4 +1,4 @@
-"""Protobuf messages as plain JSON data: the protobuf field names, integers as integers, enums by their word."""
+"""Protobuf messages as plain JSON data: protobuf field names, integers as integers, enums by their word."""
 
 from __future__ import annotations
 

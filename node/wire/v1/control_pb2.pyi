@@ -264,26 +264,30 @@ class Progress(_message.Message):
     def __init__(self, what: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class AuditResult(_message.Message):
-    __slots__ = ("checked", "failed", "statement")
+    __slots__ = ("checked", "failed", "statement", "passed")
     CHECKED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     STATEMENT_FIELD_NUMBER: _ClassVar[int]
+    PASSED_FIELD_NUMBER: _ClassVar[int]
     checked: int
     failed: int
     statement: str
-    def __init__(self, checked: _Optional[int] = ..., failed: _Optional[int] = ..., statement: _Optional[str] = ...) -> None: ...
+    passed: bool
+    def __init__(self, checked: _Optional[int] = ..., failed: _Optional[int] = ..., statement: _Optional[str] = ..., passed: _Optional[bool] = ...) -> None: ...
 
 class JobError(_message.Message):
-    __slots__ = ("reason", "why", "hint", "exit_code")
+    __slots__ = ("reason", "why", "hint", "exit_code", "problems")
     REASON_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     HINT_FIELD_NUMBER: _ClassVar[int]
     EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     reason: str
     why: str
     hint: str
     exit_code: int
-    def __init__(self, reason: _Optional[str] = ..., why: _Optional[str] = ..., hint: _Optional[str] = ..., exit_code: _Optional[int] = ...) -> None: ...
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, reason: _Optional[str] = ..., why: _Optional[str] = ..., hint: _Optional[str] = ..., exit_code: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "kind", "state", "since", "waiting_on", "subject", "directory", "plan", "agreements", "transfers", "progress", "model_id", "audit", "error")

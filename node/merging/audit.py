@@ -1,0 +1,153 @@
+"""The audit job: execute a merge again from its parents, compare every leaf, and sign the verdict.
+
+The directory must verify first; the auditor's own copy of the parents is what counts, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
+from merge_core.checkpoint.published import read_bounded
+from merge_core.checkpoint.reader import Checkpoint
+from merge_core.digest import Digest, ModelId, sha256
+from merge_core.plan import MAX_PLAN, MergePlan
+from node.catalog.hashes import HashCache
+from node.domain.job import JobState
+from node.domain.negotiation import Purpose
+from node.errors import VerificationFailed
+from node.identity.keyring import Identity
+from node.jobs.runner import Attempt
+from node.merging.merge import lay_out, teller, worker_input
+from node.merging.parents import OnDisk, ParentSource
+from node.provenance import audit as verdicts
+from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, TRACE_FILE
+from node.provenance.statement import PROVENANCE_FILE
+from node.worker import process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a worker found: how many leaves were compared, which of them differ."""
+
+    checked: int
+    failed: tuple[tuple[str, int], ...]
+    trace_ok: bool
+    files_ok: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """A merged directory as its records describe it."""
+
+    directory: Path
+    plan: MergePlan
+    manifest: Manifest
+    leaves: LeafTable
+    provenance: Digest | None
+
+    @property
+    def model_id(self) -> ModelId:
+        """The model's name."""
+        return self.manifest.model_id
+
+
+class Auditing:
+    """Audits with parents from one source; the verdict is signed where there is an identity."""
+
+    def __init__(
+        self,
+        parents: ParentSource,
+        hashes: HashCache,
+        identity: Identity | None,
+        *,
+        claims: Path,
+        clock: Callable[[], float],
+    ) -> None:
+        """Verdicts are appended to the file `claims`."""
+        self._parents = parents
+        self._hashes = hashes
+        self._identity = identity
+        self._claims = claims
+        self._clock = clock
+
+    async def audit(self, attempt: Attempt, directory: Path) -> dict[str, Any]:
+        """Audit a directory; the result is {model_id, directory, checked, failed, passed, statement}."""
+        claimed = await asyncio.to_thread(read_claimed, directory, self._hashes)
+        attempt.reach("plan", claimed.plan.digest)
+        parents = await self._parents.find(claimed.plan.inputs, attempt)
+        obtained = await self._parents.obtain(parents, claimed.plan, Purpose.AUDIT, attempt)
+        attempt.enter(JobState.VERIFYING)
+        inputs = [obtained.parents[model_id] for model_id in claimed.plan.inputs]
+        outcome, failures = await self._execute(attempt, claimed, inputs)
+        statement = await asyncio.to_thread(self._testify, claimed, outcome)
+        return {
+            "model_id": claimed.model_id,
+            "directory": str(directory),
+            "checked": outcome.checked,
+            "failed": failures,
+            "passed": outcome.checked > 0 and failures == 0 and outcome.trace_ok and outcome.files_ok,
+            "statement": statement,
+        }
+
+    async def _execute(self, attempt: Attempt, claimed: Claimed, inputs: list[OnDisk]) -> tuple[Outcome, int]:
+        with TemporaryDirectory(prefix="weft-audit-") as folder:
+            work = Path(folder)
+            await asyncio.to_thread(lay_out, work, claimed.plan, inputs)
+            (work / "leaves.bin").write_bytes(claimed.leaves.to_bytes())
+            request = {
+                "plan": str(work / "plan.json"),
+                "trace": str(claimed.directory / TRACE_FILE),
+                "manifest": str(claimed.directory / MANIFEST_FILE),
+                "leaves": str(work / "leaves.bin"),
+                "inputs": [worker_input(work, position, parent) for position, parent in enumerate(inputs)],
+            }
+            found = await process.run("audit", request, on_event=teller(attempt))
+        outcome = Outcome(
+            checked=found["checked"],
+            failed=tuple((tensor, leaf) for tensor, leaf in found["failed"]),
+            trace_ok=found["trace_ok"],
+            files_ok=found["files_ok"],
+        )
+        return outcome, found["failures"]
+
+    def _testify(self, claimed: Claimed, outcome: Outcome) -> str:
+        """Sign the verdict and keep it; the path of the claims file, empty where nobody can sign."""
+        if self._identity is None:
+            return ""
+        verdict = verdicts.judge(
+            outcome,
+            model_id=claimed.model_id,
+            provenance=claimed.provenance,
+            plan=claimed.plan.digest,
+            auditor=self._identity.peer_id,
+            now=self._clock(),
+        )
+        self._claims.parent.mkdir(parents=True, exist_ok=True)
+        verdicts.append(self._claims, verdicts.claim(verdict, self._identity))
+        return str(self._claims)
+
+
+def read_claimed(directory: Path, hashes: HashCache) -> Claimed:
+    """What a merged directory says of itself; raises VerificationFailed where it is no merge (blocking)."""
+    for name in (PLAN_FILE, TRACE_FILE, MANIFEST_FILE):
+        if not (directory / name).is_file():
+            raise VerificationFailed(f"{directory} is not a merge: it has no {name}", hint="weft lineage DIR")
+    manifest = Manifest.parse(read_bounded(directory / MANIFEST_FILE, MAX_MANIFEST))
+    with Checkpoint.open(directory) as checkpoint:
+        measured = hashes.measure(checkpoint)
+    if measured.manifest != manifest:
+        raise VerificationFailed(f"{directory} does not hold the model that it names", hint="weft verify DIR")
+    sealed = directory / PROVENANCE_FILE
+    return Claimed(
+        directory=directory,
+        plan=MergePlan.parse(read_bounded(directory / PLAN_FILE, MAX_PLAN)),
+        manifest=manifest,
+        leaves=measured.leaves,
+        provenance=sha256(sealed.read_bytes()) if sealed.is_file() else None,
+    )
