@@ -44,7 +44,7 @@ def flip(path: Path, at: int = -1) -> None:
     path.write_bytes(data)
 
 
-def refused(directory: Path, key: PublisherKey = KEY, match: str = "") -> None:
+def refused(directory: Path, key: PublisherKey = KEY, match: str | None = None) -> None:
     """Assert that verification fails with a reason."""
     with pytest.raises(VerificationFailed, match=match):
         oms.verify_directory(directory, key.public)
