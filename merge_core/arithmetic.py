@@ -22,11 +22,16 @@ _NAN = {
 }
 
 
-def widen(data: bytes | memoryview, dtype: str) -> Tensor:
-    """Copy stored elements into a float32 tensor of one dimension. Raises KeyError on a non-float dtype."""
-    stored = torch.empty(len(data), dtype=torch.uint8)
-    np.copyto(stored.numpy(), np.frombuffer(data, dtype=np.uint8))
-    return stored.view(_TYPES[dtype]).to(torch.float32)
+def stored(data: bytes | memoryview, dtype: str) -> Tensor:
+    """Copy stored elements into a tensor of their own type. Raises KeyError on a non-float dtype."""
+    copy = torch.empty(len(data), dtype=torch.uint8)
+    np.copyto(copy.numpy(), np.frombuffer(data, dtype=np.uint8))
+    return copy.view(_TYPES[dtype])
+
+
+def widen(elements: Tensor) -> Tensor:
+    """Stored elements as float32."""
+    return elements.to(torch.float32)
 
 
 def narrow(values: Tensor, dtype: str) -> memoryview:

@@ -29,7 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from merge_core import arithmetic
 from merge_core.checkpoint import dtypes, merkle
@@ -45,7 +45,14 @@ from merge_core.operators.base import Chunk, Traced
 from merge_core.plan import CHUNK_ELEMENTS, MergePlan, TensorPlan
 from merge_core.trace import Trace, close
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 T = TypeVar("T")
+
+_BLOCK_ELEMENTS = 1 << 16
+"""Elements that a kernel computes at once: its temporaries then fit the cache."""
+
 Progress = Callable[[int], None]
 """Called with the number of output bytes that are done since the last call."""
 
@@ -204,7 +211,12 @@ class _Work:
 
     def map(self, function: Callable[[Chunk], T]) -> Iterator[T]:
         """Pass over the inputs, chunk by chunk, in index order: what makes this a Stream."""
-        return self._pool.ordered(lambda piece: function(self._read(piece)), self.pieces)
+
+        def on_chunk(piece: int) -> T:
+            start, inputs = self._read(piece)
+            return function(Chunk(tensors=tuple(map(arithmetic.widen, inputs)), start=start))
+
+        return self._pool.ordered(on_chunk, self.pieces)
 
     def measure(self) -> Traced:
         """What the operator must know of the whole tensor; empty where that is nothing."""
@@ -217,10 +229,17 @@ class _Work:
         """The bytes of one piece of the output."""
         if self._copied:
             return memoryview(bytes(self._sources[0].read(self.tensor.name, piece, 1)))
-        chunk = self._read(piece)
-        return arithmetic.narrow(
-            self._operator.apply(chunk, self.tensor.parameters, traced), self.tensor.dtype
-        )
+        start, inputs = self._read(piece)
+        size = dtypes.SIZES[self.tensor.dtype]
+        output = memoryview(bytearray(len(inputs[0]) * size))
+        for at in range(0, len(inputs[0]), _BLOCK_ELEMENTS):
+            tensors = tuple(arithmetic.widen(stored[at : at + _BLOCK_ELEMENTS]) for stored in inputs)
+            chunk = Chunk(tensors=tensors, start=start + at)
+            data = arithmetic.narrow(
+                self._operator.apply(chunk, self.tensor.parameters, traced), self.tensor.dtype
+            )
+            output[at * size : at * size + len(data)] = data
+        return output
 
     def digests(
         self, traced: Traced, store: Callable[[int, memoryview], None] | None = None
@@ -244,7 +263,8 @@ class _Work:
 
         return all(self._pool.ordered(holds, self.leaves))
 
-    def _read(self, piece: int) -> Chunk:
+    def _read(self, piece: int) -> tuple[int, list[Tensor]]:
+        """The index of the first element of a piece, and the piece of every input as it is stored."""
         start = piece * self._chunk
         count = min(self._chunk, self.length - start)
         tensors = []
@@ -254,11 +274,9 @@ class _Work:
             first = start * size // merkle.LEAF_SIZE
             data = source.read(self.tensor.name, first, merkle.leaf_count(count * size))
             if len(data) != count * size:
-                raise CorruptCheckpoint(
-                    f"{self.tensor.name}: a source gave {len(data)} bytes too few or many"
-                )
-            tensors.append(arithmetic.widen(data, dtype))
-        return Chunk(tensors=tuple(tensors), start=start)
+                raise CorruptCheckpoint(f"{self.tensor.name}: {len(data)} bytes where {count * size} belong")
+            tensors.append(arithmetic.stored(data, dtype))
+        return start, tensors
 
 
 class _Pool:

@@ -325,12 +325,12 @@ class _Resolution:
     def _resolve(self, name: str, layers: int) -> None:
         """Plan one tensor, or say why it cannot be merged."""
         have = {m: h.tensors[name] for m, h in self._headers.items() if name in h.tensors}
-        if len(have) < len(self._models):
-            return
         shapes = {info.shape for info in have.values()}
         if len(shapes) > 1:
             listed = ", ".join(f"{m} {list(info.shape)}" for m, info in have.items())
             self._found.append(f"the shapes of {name} differ: {listed}")
+            return
+        if len(have) < len(self._models):
             return
         types = {info.dtype for info in have.values()}
         donor = have[self._recipe.donor]

@@ -22,7 +22,7 @@ from merge_core.operators.base import (
     number,
     single,
 )
-from merge_core.operators.reductions import block_sums
+from merge_core.operators.reductions import BLOCK, block_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,12 @@ def _measure(stream: Stream, parameters: Parameters) -> Traced:
 
 
 def _products(chunk: Chunk) -> list[tuple[float, float, float]]:
-    a, b = (tensor.double() for tensor in chunk.tensors)
-    return list(zip(block_sums(a * b), block_sums(a * a), block_sums(b * b), strict=True))
+    """The three sums of every block; a few blocks at a time stay in the cache."""
+    sums: list[tuple[float, float, float]] = []
+    for at in range(0, len(chunk.tensors[0]), 16 * BLOCK):
+        a, b = (tensor[at : at + 16 * BLOCK].double() for tensor in chunk.tensors)
+        sums.extend(zip(block_sums(a * b), block_sums(a * a), block_sums(b * b), strict=True))
+    return sums
 
 
 def factors(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float]:

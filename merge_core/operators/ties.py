@@ -8,12 +8,13 @@ if the cut falls among ties, a pass to locate it. So it is exact, without a sort
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from merge_core.errors import CorruptCheckpoint
 from merge_core.operators.base import (
     Chunk,
     Exactness,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _Bits = NDArray[Any]
 _Counts = NDArray[np.int64]
 _LOW = (1 << 16) - 1
+_CACHEFUL = 1 << 17
 
 
 def kept(density: float, length: int) -> int:
@@ -67,11 +69,15 @@ def _measure(stream: Stream, parameters: Parameters) -> Traced:
     return {"threshold": tuple(threshold), "last": tuple(last)}
 
 
-def _magnitudes(chunk: Chunk, expert: int) -> _Bits:
-    """The bit patterns of |expert − base|: uint32 in the order of the magnitudes."""
-    delta = chunk.tensors[1 + expert] - chunk.tensors[0]
-    bits: _Bits = delta.abs().numpy().view(np.uint32)
-    return bits
+def _magnitudes(chunk: Chunk, expert: int) -> Iterator[tuple[int, _Bits]]:
+    """The bit patterns of |expert − base| (uint32, ordered as the magnitudes), a cacheful at a time.
+
+    Each comes with its offset in the chunk.
+    """
+    base, other = chunk.tensors[0], chunk.tensors[1 + expert]
+    for at in range(0, len(base), _CACHEFUL):
+        delta = other[at : at + _CACHEFUL] - base[at : at + _CACHEFUL]
+        yield at, delta.abs().numpy().view(np.uint32)
 
 
 def _histograms(
@@ -81,7 +87,11 @@ def _histograms(
     totals = {expert: np.zeros(_LOW + 1, np.int64) for expert in experts}
 
     def count(chunk: Chunk) -> list[_Counts]:
-        return [np.bincount(key(e, _magnitudes(chunk, e)), minlength=_LOW + 1) for e in experts]
+        counts = [np.zeros(_LOW + 1, np.int64) for _ in experts]
+        for expert, counted in zip(experts, counts, strict=True):
+            for _, bits in _magnitudes(chunk, expert):
+                counted += np.bincount(key(expert, bits), minlength=_LOW + 1)
+        return counts
 
     for counts in stream.map(count):
         for expert, counted in zip(experts, counts, strict=True):
@@ -101,13 +111,17 @@ def _locate(stream: Stream, cuts: Mapping[int, tuple[int, int]]) -> dict[int, in
     rest = {expert: n for expert, (_, n) in cuts.items()}
     found: dict[int, int] = {}
 
-    def at_threshold(chunk: Chunk) -> list[NDArray[np.int64]]:
-        return [chunk.start + np.flatnonzero(_magnitudes(chunk, e) == cuts[e][0]) for e in cuts]
+    def at_threshold(chunk: Chunk) -> tuple[int, list[NDArray[np.uint32]]]:
+        hits = [
+            [at + np.flatnonzero(bits == cuts[expert][0]) for at, bits in _magnitudes(chunk, expert)]
+            for expert in cuts
+        ]
+        return chunk.start, [np.concatenate(parts).astype(np.uint32) for parts in hits]
 
-    for hits in stream.map(at_threshold):
+    for start, hits in stream.map(at_threshold):
         for expert, indices in zip(cuts, hits, strict=True):
             if expert not in found and rest[expert] <= len(indices):
-                found[expert] = int(indices[rest[expert] - 1])
+                found[expert] = start + int(indices[rest[expert] - 1])
             rest[expert] -= len(indices)
         if len(found) == len(cuts):
             break
@@ -116,6 +130,8 @@ def _locate(stream: Stream, cuts: Mapping[int, tuple[int, int]]) -> dict[int, in
 
 def _trim(delta: Tensor, start: int, threshold: int, last: int) -> Tensor:
     """Zero what lies below the threshold, or at it behind index `last`."""
+    if not 0 <= threshold < 1 << 31:
+        raise CorruptCheckpoint(f"{threshold} in the trace is not the bits of a magnitude")
     magnitude = delta.abs()
     level = float(np.array(threshold, np.uint32).view(np.float32))
     ties = min(max(last + 1 - start, 0), delta.numel())
