@@ -177,7 +177,7 @@ def _agreement(offer: Offer, facts: Facts) -> Agreement:
         # A quarter more than the models have: an interrupted stream sends some bytes twice.
         max_bytes=size + size // 4 + SPARE_BYTES,
         not_before=begin,
-        expires_at=begin + max(1, facts.policy.agreement_seconds),
+        expires_at=begin + facts.policy.agreement_seconds,
     )
 
 

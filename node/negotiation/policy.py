@@ -73,8 +73,8 @@ def _shipped() -> dict[str, dict[str, Any]]:
 def _policy(value: Mapping[str, Mapping[str, Any]], where: Path | str) -> Policy:
     who, what, limits = value["who"], value["what"], value["limits"]
     seconds = _count(where, limits, "limits.agreement_seconds")
-    if seconds > MAX_AGREEMENT_LIFETIME:
-        raise _wrong(where, "limits.agreement_seconds", f"at most {MAX_AGREEMENT_LIFETIME}")
+    if not 0 < seconds <= MAX_AGREEMENT_LIFETIME:
+        raise _wrong(where, "limits.agreement_seconds", f"from 1 to {MAX_AGREEMENT_LIFETIME}")
     try:
         purposes = frozenset(Purpose(name) for name in _names(where, what, "what.purposes"))
         peers = _names(where, who, "who.allow") | _names(where, who, "who.deny")
