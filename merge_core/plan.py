@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 from merge_core.checkpoint import dtypes
-from merge_core.checkpoint.layout import Role, layer_count, place
+from merge_core.checkpoint.layout import layer_count, place
 from merge_core.checkpoint.manifest import MAX_DIMENSIONS, MAX_TENSORS, TENSOR_NAME, FileRecord, Manifest
 from merge_core.checkpoint.reader import Checkpoint, architecture_of, file_record
 from merge_core.checkpoint.source import TensorInfo
@@ -385,11 +385,14 @@ class _Resolution:
 
 
 def _depth(name: str, layers: int) -> float:
-    """Where a tensor lies between the first layer (0) and the last (1), for gradients."""
-    where = place(name)
-    if where.layer is None:
-        return 0.0 if where.role is Role.EMBED else 1.0
-    return min(where.layer / (layers - 1), 1.0) if layers > 1 else 1.0
+    """Where a tensor lies between the first layer (0) and the last (1), for gradients.
+
+    What lies outside of the layers counts as 0, the head too: so does mergekit.
+    """
+    layer = place(name).layer
+    if layer is None:
+        return 0.0
+    return min(layer / (layers - 1), 1.0) if layers > 1 else 1.0
 
 
 def _short(value: Any) -> str:

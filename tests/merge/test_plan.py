@@ -59,12 +59,12 @@ def test_every_parameter_of_every_tensor_is_in_the_plan() -> None:
     assert list(tensors) == sorted(SHAPES)
     weights = {name: tensor.parameters["weight"] for name, tensor in tensors.items()}
     assert weights == {
-        "lm_head.weight": (1.0, 1.0),
+        "lm_head.weight": (1.0, 0.0),
         "model.embed_tokens.weight": (1.0, 0.0),
         "model.layers.0.mlp.up_proj.weight": (1.0, 0.0),
         "model.layers.1.mlp.up_proj.weight": (1.0, 0.5),
         "model.layers.2.self_attn.q_proj.weight": (1.0, 1.0),
-        "model.norm.weight": (1.0, 1.0),
+        "model.norm.weight": (1.0, 0.0),
     }
     assert tensors["model.layers.1.mlp.up_proj.weight"].parameters["density"] == (1.0, 0.25)
     assert tensors["model.norm.weight"].parameters["density"] == (1.0, 0.75)
