@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
-from merge_core.digest import ModelId, canonical, sha256
+from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
+from merge_core.simmerge.fingerprint import compute
 from node.catalog.expert import Origin
 from node.catalog.hashes import HashCache
 from node.catalog.shelf import Added, Measurable, Shelf
@@ -29,15 +30,10 @@ NOW = 1_760_000_000.0
 
 
 def sketch(measured: Measurable) -> bytes:
-    """Norms of every tensor, read through the digests: fails when they are stale."""
-    manifest = Manifest.parse(measured.manifest.read_bytes())
-    leaves = LeafTable.parse(manifest, measured.leaves.read_bytes())
-    norms = {}
+    """The fingerprint as the worker computes it: read through the digests, it fails when they are stale."""
+    leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
     with Checkpoint.open(measured.directory) as checkpoint:
-        source = VerifiedSource(checkpoint, leaves)
-        for tensor in manifest.tensors:
-            norms[tensor.name] = sum(len(source.read(tensor.name, i, 1)) for i in range(tensor.leaf_count))
-    return canonical({"model": measured.model_id, "bytes": norms})
+        return compute(VerifiedSource(checkpoint, leaves), measured.model_id).to_bytes()
 
 
 @pytest.fixture
