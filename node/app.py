@@ -7,12 +7,17 @@ Services are imported where they are put together: `weft --help` loads none of t
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import subprocess
+import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from node.errors import LocalError
+from node.errors import LocalError, UsageError
 from node.home import Home
 from node.identity import keyring
 from node.identity.keyring import Identity
@@ -22,12 +27,18 @@ if TYPE_CHECKING:
     from merge_core.recipe import Recipe
     from node.catalog.hashes import HashCache
     from node.catalog.shelf import Added, Shelf
+    from node.config import Config
+    from node.domain.ticket import Ticket
     from node.jobs.runner import JobView
     from node.merging.known import KnownPlaces
     from node.merging.parents import LocalParents
     from node.provenance.lineage import Lineage
     from node.provenance.verify import Report
     from node.wire.v1 import control_pb2 as pb
+
+START_SECONDS = 30.0
+STOP_SECONDS = 20.0
+POLL_SECONDS = 0.05
 
 
 def initialise(home: Home, *, now: float) -> Identity:
@@ -71,6 +82,112 @@ def announce_if_running(home: Home) -> bool:
         return False
     with ControlClient.connect(home) as node:
         node.announce()
+    return True
+
+
+def serve(home: Home, settings: Config, *, on_up: Callable[[], None]) -> None:
+    """Run the node in this process until it is asked to stop."""
+    from node import daemon
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s  %(message)s")
+    logging.getLogger("node").setLevel(logging.INFO)
+    asyncio.run(daemon.serve(home, settings, on_up=on_up))
+
+
+def start_detached(home: Home, settings: Config) -> None:
+    """Run the node in its own process, return once it answers; raises LocalError with its last words."""
+    from node.control import running
+
+    if node_runs(home):
+        raise LocalError(f"a node runs already for {home.root}", hint="weft status")
+    identity(home)
+    home.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with home.log.open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "node.cli", "up", *_flags(settings)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "WEFT_HOME": str(home.root)},
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while running.find(home) is None:
+        if child.poll() is not None or time.monotonic() > deadline:
+            words = home.log.read_text(errors="replace").strip().splitlines()
+            why = next(
+                (w for w in reversed(words) if w.startswith("error:")), words[-1] if words else "no word"
+            )
+            hint = next(
+                (w.removeprefix("next:").strip() for w in reversed(words) if w.startswith("next:")), ""
+            )
+            raise LocalError(
+                f"the node did not start: {why.removeprefix('error:').strip()}",
+                hint=hint or f"cat {home.log}",
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def stop(home: Home) -> None:
+    """Ask the node to stop and wait until it has; raises NodeNotRunning, or LocalError when it does not."""
+    from node.control import running
+    from node.control.client import ControlClient
+
+    pid = running.require(home).pid
+    with ControlClient.connect(home) as node:
+        node.shutdown()
+    deadline = time.monotonic() + STOP_SECONDS
+    while _alive(pid):
+        if time.monotonic() > deadline:
+            raise LocalError(f"the node (pid {pid}) does not stop", hint=f"kill {pid}")
+        time.sleep(POLL_SECONDS)
+
+
+def join(home: Home, text: str) -> Ticket:
+    """Join the network of a ticket: now where a node runs, else at its next start."""
+    from node import daemon
+    from node.control.client import ControlClient
+    from node.domain.ticket import Ticket
+
+    try:
+        ticket = Ticket.parse(text)
+    except ValueError as error:
+        raise UsageError(f"not a ticket: {error}", hint="ask the other node for: weft invite") from error
+    if node_runs(home):
+        with ControlClient.connect(home) as node:
+            node.join(text)
+    else:
+        daemon.remember(home, ticket)
+    return ticket
+
+
+def merge_request(recipe: Recipe, directory: Path, *, publish: str, resume: bool) -> pb.StartMergeRequest:
+    """What the running node is asked to merge."""
+    from node.wire.v1 import control_pb2
+
+    return control_pb2.StartMergeRequest(
+        request_id=uuid.uuid4().hex,
+        recipe=recipe.to_yaml(),
+        directory=str(directory.absolute()),
+        publish_as=publish,
+        resume=resume,
+    )
+
+
+def _flags(settings: Config) -> list[str]:
+    """The settings as flags of `weft up`."""
+    flags = ["--network", settings.network, "--peer-api", settings.peer_api]
+    flags += ["--control-api", settings.control_api]
+    for name, values in (("--listen", settings.listen), ("--bootstrap", settings.bootstrap)):
+        flags += [word for value in values for word in (name, value)]
+    return flags
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
     return True
 
 

@@ -46,6 +46,14 @@ class Home:
         return self.root / "experts"
 
     @property
+    def parents(self) -> Path:
+        return self.root / "parents"
+
+    @property
+    def claims(self) -> Path:
+        return self.root / "claims.jsonl"
+
+    @property
     def incoming(self) -> Path:
         """Where a fetch builds up: the same file system as the shelf, so that it is renamed into place."""
         return self.root / "incoming"
@@ -61,6 +69,10 @@ class Home:
     @property
     def run(self) -> Path:
         return self.root / "run" / "node.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "run" / "lock"
 
     @property
     def log(self) -> Path:

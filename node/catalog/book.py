@@ -13,7 +13,7 @@ one transaction. What it keeps to, whatever the order of arrival:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -171,6 +171,7 @@ class AdvertBook:
         key: HostKey,
         now: float,
         *,
+        addresses: Sequence[str] = (),
         lifetime: int = adverts.MAX_LIFETIME,
     ) -> tuple[bytes, ...]:
         """Sign what this node holds and remember it as said; publish what comes back."""
@@ -181,6 +182,7 @@ class AdvertBook:
                 peer=key.peer_id,
                 last=self._last(key.peer_id),
                 now=now,
+                addresses=addresses,
                 lifetime=lifetime,
             )
             sealed = tuple(seal(adverts.PAYLOAD_TYPE, advert.to_bytes(), key).to_bytes() for advert in said)
@@ -214,6 +216,12 @@ class AdvertBook:
             for advert in live
             for model in advert.models
         )
+
+    def addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """Where a peer says that it listens, whether or not that still holds."""
+        with self._lock:
+            said = [advert.addresses for advert in self._newest() if advert.peer == peer]
+        return said[0] if said else ()
 
     def envelopes(self, now: float) -> tuple[bytes, ...]:
         """The signed bytes of every live advert, which another peer can check itself, by peer and number."""

@@ -163,7 +163,8 @@ def merge(
                 home, wanted, directory, resume=resume, on_view=lambda view: show(render.view_data(view))
             )
         if publish:
-            app.share(home, Path(data["directory"]), name=publish)
+            app.add(home, Path(data["directory"]), name=publish, licence=None, on_progress=lambda count: None)
+            app.announce_if_running(home)
     else:
         request = app.merge_request(wanted, directory, publish=publish, resume=resume)
         data = follow.to_the_end(home, lambda node: node.start_merge(request))

@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from merge_core import recipe as recipes
 from merge_core.errors import MergeCoreError
+from node.catalog.book import AdvertBook, Query
+from node.catalog.gossip import Gossip
 from node.catalog.shelf import Shelf
 from node.config import Config
 from node.control import views
 from node.control.status import to_status
-from node.domain.job import Created
+from node.domain.job import Created, JobKind, JobState
 from node.domain.ticket import Ticket
-from node.errors import LocalError, UsageError, WeftError
+from node.errors import LocalError, NotEnoughPeers, UsageError, WeftError
 from node.home import Home
 from node.identity.keyring import Identity
 from node.jobs.runner import Jobs, JobView
+from node.merging.merge import Merging
 from node.network.base import Network
 from node.wire.v1 import control_pb2 as pb
 from node.wire.v1 import control_pb2_grpc
@@ -34,43 +41,8 @@ from node.wire.v1 import control_pb2_grpc
 SERVICE = "weft.v1.Node"
 MAX_MESSAGE = 4 << 20
 MAX_PAGE = 500
+_REQUEST_ID = re.compile(r"[0-9A-Za-z-]{8,64}")
 _OPEN_TO_ALL = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
-
-
-class Catalogue(Protocol):
-    """What the node knows of experts, its own and its peers'."""
-
-    def search(self, query: str) -> list[pb.Expert]:
-        """Experts whose words match, by name."""
-        ...
-
-    def count(self, peer: str) -> int:
-        """How many experts a peer advertises."""
-        ...
-
-    async def announce(self) -> tuple[int, int]:
-        """Advertise the shelf as it is now; returns the sequence number and how many experts."""
-        ...
-
-
-class Planner(Protocol):
-    """Who turns requests into plans and jobs."""
-
-    async def plan(self, recipe: str) -> pb.PlanMergeResponse:
-        """Resolve and seal a recipe."""
-        ...
-
-    def merge(self, request: pb.StartMergeRequest) -> tuple[str, Created]:
-        """The job that a merge is: its id and first event."""
-        ...
-
-    def get(self, request: pb.StartGetRequest) -> tuple[str, Created]:
-        """The job that a fetch is."""
-        ...
-
-    def audit(self, request: pb.StartAuditRequest) -> tuple[str, Created]:
-        """The job that an audit is."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +55,9 @@ class Services:
     network: Network
     peer_api: str
     shelf: Shelf
-    catalogue: Catalogue
-    planner: Planner
+    book: AdvertBook
+    gossip: Gossip
+    merging: Merging
     jobs: Jobs
     join: Callable[[Ticket], Awaitable[None]]
     stop: Callable[[], None]
@@ -120,7 +93,9 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
         return pb.ShutdownResponse()
 
     async def ListPeers(self, request: pb.ListPeersRequest, context: Any) -> pb.ListPeersResponse:
-        found = [views.peer(p, self._node.catalogue.count(p.peer)) for p in self._node.network.peers()]
+        node = self._node
+        held = Counter(listing.peer for listing in node.book.listings(node.clock()))
+        found = [views.peer(info, held[info.peer]) for info in node.network.peers()]
         page, token = _page(found, request)
         return pb.ListPeersResponse(peers=page, next_page_token=token)
 
@@ -138,27 +113,49 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
 
     async def Announce(self, request: pb.AnnounceRequest, context: Any) -> pb.AnnounceResponse:
         self._node.shelf.refresh()
-        sequence, experts = await self._node.catalogue.announce()
+        sequence, experts = await self._node.gossip.announce()
         return pb.AnnounceResponse(sequence=sequence, experts=experts)
 
     async def SearchExperts(self, request: pb.SearchExpertsRequest, context: Any) -> pb.SearchExpertsResponse:
-        page, token = _page(self._node.catalogue.search(request.query), request)
+        node = self._node
+        found = node.book.search(Query(text=request.query), node.clock())
+        page, token = _page(views.experts(found, node.identity.peer_id), request)
         return pb.SearchExpertsResponse(experts=page, next_page_token=token)
 
     async def PlanMerge(self, request: pb.PlanMergeRequest, context: Any) -> pb.PlanMergeResponse:
-        return await self._node.planner.plan(request.recipe)
+        return views.plan(await self._node.merging.plan(recipes.parse(request.recipe)))
 
     async def StartMerge(self, request: pb.StartMergeRequest, context: Any) -> pb.StartMergeResponse:
-        job_id, created = self._node.planner.merge(request)
+        recipes.parse(request.recipe)
+        created = Created(
+            kind=JobKind.MERGE,
+            title=f"merge into {Path(request.directory).name}",
+            request={
+                "recipe": request.recipe,
+                "directory": _absolute(request.directory),
+                "publish_as": request.publish_as,
+            },
+        )
         if request.resume:
-            return pb.StartMergeResponse(job=views.job(JobView(job=self._node.jobs.resume(job_id))))
-        return pb.StartMergeResponse(job=self._start(job_id, created))
+            return pb.StartMergeResponse(job=self._resume_merge(created))
+        _refuse_existing(request.directory)
+        return pb.StartMergeResponse(job=self._start(request.request_id, created))
 
     async def StartGet(self, request: pb.StartGetRequest, context: Any) -> pb.StartGetResponse:
-        return pb.StartGetResponse(job=self._start(*self._node.planner.get(request)))
+        model_id = self._one_model(request.model_id)
+        created = Created(
+            kind=JobKind.FETCH,
+            title=model_id,
+            request={"model_id": model_id, "publisher": request.publisher},
+        )
+        return pb.StartGetResponse(job=self._start(request.request_id, created))
 
     async def StartAudit(self, request: pb.StartAuditRequest, context: Any) -> pb.StartAuditResponse:
-        return pb.StartAuditResponse(job=self._start(*self._node.planner.audit(request)))
+        subject = request.subject
+        if not Path(subject).is_absolute():
+            subject = self._one_model(subject)
+        created = Created(kind=JobKind.AUDIT, title=f"audit of {subject}", request={"subject": subject})
+        return pb.StartAuditResponse(job=self._start(request.request_id, created))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Any) -> pb.ListJobsResponse:
         size = _page_size(request)
@@ -178,7 +175,32 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
         job = self._node.jobs.resume(self._node.jobs.find(request.id).id)
         return pb.ResumeJobResponse(job=views.job(JobView(job=job)))
 
+    def _resume_merge(self, created: Created) -> pb.Job:
+        """Take up the newest unfinished merge into the same directory; raises LocalError for none."""
+        wanted = created.request["directory"]
+        for job in self._node.jobs.newest(MAX_PAGE):
+            unfinished = job.kind is JobKind.MERGE and job.state is not JobState.SUCCEEDED
+            if unfinished and job.request["directory"] == wanted:
+                return views.job(JobView(job=self._node.jobs.resume(job.id)))
+        raise LocalError(f"there is no unfinished merge into {wanted}", hint="weft jobs ls")
+
+    def _one_model(self, beginning: str) -> str:
+        """The id of the one advertised model that begins so, or is called so."""
+        node = self._node
+        digits = beginning.removeprefix("sha256:")
+        found = {
+            str(listing.model.model_id)
+            for listing in node.book.listings(node.clock())
+            if listing.model.name == beginning or (digits and listing.model.model_id.hex.startswith(digits))
+        }
+        if len(found) != 1:
+            why = f"{len(found)} models begin with" if found else "nobody advertises"
+            raise NotEnoughPeers(f"{why} {beginning[:80]}", hint="weft search")
+        return found.pop()
+
     def _start(self, job_id: str, created: Created) -> pb.Job:
+        if not _REQUEST_ID.fullmatch(job_id):
+            raise UsageError("request_id is 8 to 64 letters and digits", hint="weft jobs ls")
         return views.job(JobView(job=self._node.jobs.start(job_id, created)))
 
 
@@ -263,6 +285,21 @@ async def start(services: Services, token: str) -> ControlServer:
     for name in ("", SERVICE):
         await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     return ControlServer(address=f"{host}:{port}", _server=server)
+
+
+def _absolute(directory: str) -> str:
+    if not Path(directory).is_absolute():
+        raise UsageError(f"{directory} is not an absolute path", hint="weft merge RECIPE -o DIR")
+    if not Path(directory).parent.is_dir():
+        raise LocalError(
+            f"{Path(directory).parent} is not a directory", hint=f"mkdir -p {Path(directory).parent}"
+        )
+    return directory
+
+
+def _refuse_existing(directory: str) -> None:
+    if Path(directory).exists():
+        raise LocalError(f"{directory} exists", hint=f"weft merge RECIPE -o {directory}-2")
 
 
 def _page(found: list[Any], request: Any) -> tuple[list[Any], str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from node.catalog.book import Listing
+from node.domain.ids import PeerId
 from node.domain.job import Job, JobKind, JobState
 from node.domain.negotiation import Agreement
 from node.identity.envelopes import Envelope
@@ -119,3 +121,27 @@ def plan(planned: Planned) -> pb.PlanMergeResponse:
         fetch_bytes=sum(item.size for item in inputs if not item.local),
         peak_ram_bytes=planned.estimate.peak_ram_bytes,
     )
+
+
+def experts(listings: Sequence[Listing], me: PeerId) -> list[pb.Expert]:
+    """Listings as one entry for each model and publisher, with everybody who holds it."""
+    found: dict[tuple[str, str], pb.Expert] = {}
+    for listing in listings:
+        model = listing.model
+        entry = found.setdefault(
+            (model.model_id, model.publisher),
+            pb.Expert(
+                model_id=model.model_id,
+                name=model.name,
+                licence=model.licence,
+                architecture=model.architecture,
+                base=model.base or "",
+                size=model.size,
+                publisher=model.publisher,
+            ),
+        )
+        if listing.peer == me:
+            entry.local = True
+        elif listing.peer not in entry.holders:
+            entry.holders.append(listing.peer)
+    return list(found.values())

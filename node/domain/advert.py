@@ -13,7 +13,7 @@ The bytes are canonical JSON: `Advert.parse(a.to_bytes()) == a`. Times are whole
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,8 @@ MAX_PAYLOAD = 23_000
 MAX_LIFETIME = 24 * 3600
 MAX_PARTS = 64
 MAX_CLOCK_SKEW = 300
+MAX_ADDRESSES = 8
+"""Multiaddrs of at most 400 characters each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,10 @@ class AdvertisedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Advert:
-    """What one peer holds in one network; `previous` is the digest of the advert it published before."""
+    """What one peer holds in one network, and where it listens (complete multiaddrs).
+
+    `previous` is the digest of the advert it published before.
+    """
 
     network: str
     peer: PeerId
@@ -94,6 +99,7 @@ class Advert:
     expires_at: int
     previous: Digest | None
     models: tuple[AdvertisedModel, ...]
+    addresses: tuple[str, ...] = ()
     part: int = 0
     parts: int = 1
 
@@ -120,6 +126,7 @@ class Advert:
                 "prevAdvertSha256": self.previous,
                 "part": self.part,
                 "parts": self.parts,
+                "addresses": list(self.addresses),
                 "models": [model.to_json() for model in self.models],
             }
         )
@@ -154,6 +161,9 @@ class Advert:
             ),
             previous=None if previous is None else Digest(previous),
             models=models,
+            addresses=text.items(
+                value["addresses"], MAX_ADDRESSES, "addresses", lambda a: text.text(a, 400, "an address")
+            ),
             part=part,
             parts=parts,
         )
@@ -174,9 +184,10 @@ def announcement(
     peer: PeerId,
     last: Link | None,
     now: float,
+    addresses: Sequence[str] = (),
     lifetime: int = MAX_LIFETIME,
 ) -> tuple[Advert, ...]:
-    """Say everything that `peer` holds in as few adverts as it takes, chained to `last`.
+    """Say what `peer` holds and where it listens in as few adverts as it takes, chained to `last`.
 
     The sequence starts at the clock when that is ahead, so that a node restored from a backup is neither
     taken for a replay nor contradicts what it said before. Raises ValueError beyond MAX_PARTS parts.
@@ -197,6 +208,7 @@ def announcement(
             expires_at=issued + lifetime,
             previous=previous,
             models=page,
+            addresses=tuple(addresses)[:MAX_ADDRESSES],
             part=part,
             parts=len(pages),
         )
@@ -216,7 +228,7 @@ def contradict(one: Advert, other: Advert) -> bool:
 
 
 def _pages(models: list[AdvertisedModel]) -> list[tuple[AdvertisedModel, ...]]:
-    budget = MAX_PAYLOAD - 1024
+    budget = MAX_PAYLOAD - 1024 - MAX_ADDRESSES * 400
     pages: list[list[AdvertisedModel]] = [[]]
     used = 0
     for model in models:
@@ -250,5 +262,6 @@ _ADVERT_KEYS = {
     "prevAdvertSha256",
     "part",
     "parts",
+    "addresses",
     "models",
 }
