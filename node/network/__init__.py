@@ -8,6 +8,8 @@
 base        the port, its values, and the framing of requests and replies
 flow        token buckets and in-flight slots: what a peer may ask of us at once
 upkeep      pings that notice silent peers, and the loop that reconnects with backoff
+listening   wildcards made concrete, ports that are taken
+switchboard handlers, topics and listeners: what both implementations share
 memory      networks inside one process, with loss and partitions, for tests
 libp2p      the real one: TCP, Noise, yamux, GossipSub, in a thread of its own
 """

@@ -11,7 +11,8 @@ What py-libp2p 0.8.1 does that is guarded against here:
 - listening sockets are opened with SO_REUSEPORT, so a port that is taken is noticed by nobody;
 - a failed dial blocks further dials of that peer for a minute, and dialling prefers remembered addresses;
 - an auto-connector dials remembered peers whatever the watermarks say, also those that we dropped;
-- gossip is dropped silently above 10 messages a second, and a message of our own reaches only the mesh;
+- gossip is dropped silently above 10 messages a second, and behind an outbound queue of 32 frames;
+- a message of our own reaches the mesh only, not every neighbour on the topic;
 - it logs through the root logger, which prints to stderr when nobody configured logging.
 """
 
@@ -22,7 +23,6 @@ import logging
 import math
 import os
 import secrets
-import socket
 import threading
 import time
 from collections import Counter
@@ -48,7 +48,7 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
-from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
@@ -64,6 +64,7 @@ from multiaddr.utils import get_network_addrs
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import LocalError, PeerError, Refused, Unreachable
+from node.network import listening
 from node.network.base import (
     MAX_FRAME,
     MAX_MESSAGE,
@@ -84,6 +85,8 @@ READ_DEADLINE = 10.0
 STOP_DEADLINE = 8.0
 HEARTBEAT = 1
 STREAMS_PER_PEER = 64
+BACKPRESSURE = 1.0
+HALF_FULL = 16
 KNOWN_ADDRESSES = 16
 MAX_GOSSIP_FRAME = 4 * MAX_MESSAGE
 ADDRESS_LIFETIME = 7200
@@ -209,17 +212,17 @@ class Libp2pNetwork(Switchboard):
     async def _launch(self) -> None:
         """Start a trio thread and wait until it listens."""
         for address in self._listen:
-            _check_free(address)
+            listening.check_free(str(address))
         self._core = _Core(self, asyncio.get_running_loop())
         try:
-            listening = await self._core.start()
+            bound = await self._core.start()
         except BaseException:
             self._core = None
             raise
         # A restart, also one after a crash, comes back under the addresses that others know.
-        self._listen = tuple(listening)
+        self._listen = tuple(bound)
         self._addresses = tuple(
-            f"{address}/p2p/{self._peer_id}" for address in self._announce or concrete(listening)
+            f"{address}/p2p/{self._peer_id}" for address in self._announce or _concrete(bound)
         )
 
     def _running_core(self) -> _Core:
@@ -393,8 +396,14 @@ class _Core:
         """End the thread and wait for it; on the event loop."""
         self._stopping = True
         self.bridge.post(self._request_stop)
-        await asyncio.shield(self._ended)
-        self._thread.join(STOP_DEADLINE)
+        try:
+            async with asyncio.timeout(STOP_DEADLINE + 2):
+                await asyncio.shield(self._ended)
+        except TimeoutError:
+            log.error("the libp2p thread does not end; leaving it behind")
+            self.bridge.close()
+        else:
+            self._thread.join(STOP_DEADLINE)
 
     def _note_end(self, error: BaseException | None) -> None:
         self.bridge.close()
@@ -437,9 +446,9 @@ class _Core:
                     self.serve(protocol)
                 for topic in tuple(self._network._topics):
                     await self.join(topic)
-                listening = await self._open_ports()
-                self.bridge.tell(_settle, self._ready, listening, None)
-                await self._stop.wait()
+                self.bridge.tell(_settle, self._ready, await self._open_ports(), None)
+                if not self._stopping:  # set before the bridge was open, the event would never come
+                    await self._stop.wait()
                 nursery.cancel_scope.cancel()
 
     def _request_stop(self) -> None:
@@ -491,7 +500,7 @@ class _Core:
         host = BasicHost(
             swarm,
             negotiate_timeout=int(READ_DEADLINE),
-            addrs_factory=lambda candidates: list(self._announce or concrete(candidates)),
+            addrs_factory=lambda candidates: list(self._announce or _concrete(candidates)),
             disable_identify_address_discovery=True,
         )
         swarm.set_stream_handler(partial(self._guard_stream, swarm.common_stream_handler))
@@ -606,8 +615,8 @@ class _Core:
             found = []
         if not found:
             found = connection.get_transport_addresses()
-        texts = [str(address) for address in found[:KNOWN_ADDRESSES]]
-        return tuple(text if "/p2p/" in text else f"{text}/p2p/{peer}" for text in texts)
+        texts = [str(address).removesuffix(f"/p2p/{peer}") for address in found[:KNOWN_ADDRESSES]]
+        return tuple(address for text in texts if (address := f"{text}/p2p/{peer}") and _is_address(address))
 
     # -- requests --------------------------------------------------------------------------------------
 
@@ -685,6 +694,7 @@ class _Core:
 
     async def publish(self, topic: str, data: bytes) -> int:
         """Send a message of our own to every neighbour on a topic; return how many there are."""
+        await self._pubsub.wait_for_room(topic)
         await self._pubsub.publish(topic, data)
         return len(self._pubsub.reachable(topic))
 
@@ -785,6 +795,19 @@ class _Pubsub(Pubsub):  # type: ignore[misc]
         """The neighbours on a topic that have a stream of ours."""
         return set(self.peer_topics.get(topic, ())) & set(self.peers)
 
+    def _fullest(self, topic: str) -> int:
+        queues = [self.peer_queues[peer] for peer in self.reachable(topic) if peer in self.peer_queues]
+        return max(map(len, queues), default=0)
+
+    async def wait_for_room(self, topic: str) -> None:
+        """Let the outbound queues drain: a full one (32 frames) drops what comes next without a word.
+
+        A neighbour that does not read for a second is not waited for.
+        """
+        with trio.move_on_after(BACKPRESSURE):
+            while self._fullest(topic) >= HALF_FULL:  # noqa: ASYNC110 - the queues tell nobody of their room
+                await trio.sleep(0.002)
+
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         try:
             if msg_forwarder == self.my_id or self._core.admit(msg_forwarder, msg):
@@ -820,9 +843,12 @@ class _Router(GossipSub):  # type: ignore[misc]
 
 
 def _build_router() -> _Router:
-    """GossipSub without its own rate limit (10 a second, silent) and without exchanging peers."""
+    """GossipSub without its own rate limit (10 a second, silent) and without exchanging peers.
+
+    Version 1.1, since 1.2 sends an IDONTWANT for every message: worth it for large ones in dense meshes only.
+    """
     return _Router(
-        protocols=[PROTOCOL_ID_V12, PROTOCOL_ID_V11],
+        protocols=[PROTOCOL_ID_V11],
         degree=6,
         degree_low=4,
         degree_high=12,
@@ -835,28 +861,16 @@ def _build_router() -> _Router:
     )
 
 
-def concrete(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
-    """Replace wildcard addresses by those of this machine's interfaces; loopback only if there is no other."""
-    found: list[str] = []
-    for address in addresses:
-        text = str(address)
-        for version, wildcard in ((4, "/ip4/0.0.0.0/"), (6, "/ip6/::/")):
-            if text.startswith(wildcard):
-                found += [f"/ip{version}/{host}/{text[len(wildcard) :]}" for host in _interfaces(version)]
-                break
-        else:
-            found.append(text)
-    return [Multiaddr(text) for text in dict.fromkeys(found)]
+def _concrete(addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
+    """Replace wildcard addresses by those of this machine's interfaces."""
+    return [Multiaddr(text) for text in listening.concrete(map(str, addresses), _interfaces)]
 
 
 def _interfaces(version: int) -> list[str]:
-    """The addresses of this machine that others could dial (link-local ones need a zone, so none of them)."""
     try:
-        hosts = [str(host) for host in get_network_addrs(version)]
+        return [str(host) for host in get_network_addrs(version)]
     except Exception:
-        hosts = []
-    hosts = [host for host in hosts if not host.lower().startswith(("fe80:", "169.254.", "127.", "::1"))]
-    return hosts or ["127.0.0.1" if version == 4 else "::1"]
+        return []
 
 
 def _parsed(address: str) -> Multiaddr:
@@ -870,25 +884,6 @@ def _parsed(address: str) -> Multiaddr:
     if not 0 <= port < 65536:
         raise LocalError(f"no such port: {address[:120]!r}")
     return parsed
-
-
-def _check_free(address: Multiaddr) -> None:
-    """Raise LocalError when somebody listens there: libp2p itself would share the port without a word."""
-    kind, host, _, port = str(address).split("/")[1:5]
-    family = {"ip4": socket.AF_INET, "ip6": socket.AF_INET6}.get(kind)
-    if family is None:
-        raise LocalError(f"cannot listen on a name: {address}", hint="write an IP address")
-    if int(port) == 0:
-        return
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            raise LocalError(
-                f"cannot listen on {address}: {error.strerror}",
-                hint=f"stop what uses it (ss -ltnp 'sport = :{port}'), or listen elsewhere: weft up --help",
-            ) from error
 
 
 async def _read_message(stream: INetStream, limit: int) -> bytes:
@@ -909,6 +904,14 @@ def _shielded(seconds: float) -> trio.CancelScope:
 async def _quietly(function: Callable[[], Awaitable[object]]) -> None:
     with suppress(Exception):
         await function()
+
+
+def _is_address(text: str) -> bool:
+    """Whether we could dial it: peers announce what they like."""
+    try:
+        return bool(parse_address(text))
+    except LocalError:
+        return False
 
 
 def _peer_id(identity: ID) -> PeerId | None:
