@@ -232,7 +232,9 @@ class AdvertBook:
         )
         with self._lock:
             live = {(advert.peer, advert.seq) for advert in self._newest()}
-        return tuple(bytes(row["envelope"]) for row in rows if (row["peer"], row["seq"]) in live)
+        # Of a peer that contradicted itself both stories are told: whoever reads them finds out too.
+        proofs = [data for pair in self.contradictions().values() for data in pair]
+        return (*(bytes(row["envelope"]) for row in rows if (row["peer"], row["seq"]) in live), *proofs)
 
     def contradictions(self) -> Mapping[PeerId, tuple[bytes, bytes]]:
         """The proof against every peer that contradicted itself."""
