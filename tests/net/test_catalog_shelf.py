@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,43 @@ def test_an_added_model_is_signed_and_its_source_kept(model_dir: Path, add: Add,
     assert "weft.manifest.json" in signed.files and "notes.bin" not in signed.files
     with Checkpoint.open(expert.directory) as checkpoint:
         assert measure(checkpoint).manifest.model_id == expert.model_id
+
+
+def test_what_happens_to_the_source_later_does_not_reach_the_shelf(
+    model_dir: Path, add: Add, alice: Identity
+) -> None:
+    expert = add(model_dir).expert
+    with (model_dir / "README.md").open("a") as card:
+        card.write("An afterthought.")
+    (model_dir / "model.safetensors").unlink()
+    assert not expert.changed
+    oms.verify_directory(expert.directory, alice.publisher.public)
+
+
+def test_a_killed_add_leaves_nothing(model_dir: Path, tmp_path: Path, alice: Identity, shelf: Shelf) -> None:
+    script = (
+        "import sys, pathlib\nfrom node.catalog.shelf import Shelf\nfrom node.identity import keyring\n"
+        "source, home = map(pathlib.Path, sys.argv[1:])\n"
+        "def sketch(measured):\n    print('half way', flush=True)\n    return sys.stdin.buffer.read()\n"
+        "Shelf(home / 'experts').add(\n"
+        "    source, identity=keyring.load(home / 'identity'), sketch=sketch, now=1.0)\n"
+    )
+    adding = subprocess.Popen(
+        [sys.executable, "-c", script, str(model_dir), str(tmp_path / "alice")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert adding.stdin is not None and adding.stdout is not None
+    assert adding.stdout.readline() == b"half way\n"
+    assert len(left(Shelf(shelf.root))) == 1
+    adding.kill()
+    adding.wait()
+    adding.stdin.close()
+    adding.stdout.close()
+    again = Shelf(shelf.root)
+    assert left(again) == [] and again.experts() == ()
+    added = again.add(model_dir, identity=alice, sketch=sketch, now=NOW)
+    assert not added.was_there
 
 
 def test_what_is_held_survives_a_restart(model_dir: Path, add: Add, shelf: Shelf) -> None:
