@@ -17,6 +17,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from merge_core.errors import CorruptCheckpoint
 from node.errors import LimitReached, LocalError
 from node.exchange.blueprint import Blueprint, Leaf
 
+FLUSH_EVERY = 64 << 20
+"""Bytes of a file after which they are sent on to the disk, so that the last sync finds little to do."""
 _NUMBER = struct.Struct("<I")
 
 
@@ -49,6 +52,7 @@ class Partial:
         self._files = self._folder / "files"
         self._weights: dict[str, _Weights] = {}
         self._journal = -1
+        self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
         self.verified: set[int] = set()
 
     @classmethod
@@ -136,6 +140,7 @@ class Partial:
 
     def close(self) -> None:
         """Let go; what was verified stays for another run."""
+        self._flusher.shutdown(cancel_futures=True)
         for weights in self._weights.values():
             weights.close()
         self._weights.clear()
@@ -170,7 +175,7 @@ class Partial:
             leaves[leaf.path].append(leaf)
         for file in self._blueprint.weights:
             self._weights[file.path] = _Weights(
-                self._files / file.path, file.size, file.header, leaves[file.path]
+                self._files / file.path, file.size, file.header, leaves[file.path], self._flusher
             )
         return {number for (number,) in _NUMBER.iter_unpack(body[: len(body) // 4 * 4])}
 
@@ -187,7 +192,7 @@ class Partial:
 class _Weights:
     """One preallocated weight file and the running SHA-256 of what has arrived in a row."""
 
-    def __init__(self, path: Path, size: int, header: bytes, leaves: list[Leaf]) -> None:
+    def __init__(self, path: Path, size: int, header: bytes, leaves: list[Leaf], flusher: Executor) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         os.posix_fallocate(self._fd, 0, size)
         os.pwrite(self._fd, header, 0)
@@ -195,9 +200,16 @@ class _Weights:
         self._next = 0
         self._sha256 = hashlib.sha256(header)
         self._lock = threading.Lock()
+        self._flusher = flusher
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
 
     def write(self, leaf: Leaf, data: bytes) -> None:
         os.pwrite(self._fd, data, leaf.offset)
+        self._unflushed += len(data)  # not exact when two threads meet here, and need not be
+        if self._unflushed > FLUSH_EVERY and (self._flushing is None or self._flushing.done()):
+            self._unflushed = 0
+            self._flushing = self._flusher.submit(os.fdatasync, self._fd)
 
     def read(self, leaf: Leaf) -> bytes:
         return os.pread(self._fd, leaf.size, leaf.offset)
