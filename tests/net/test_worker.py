@@ -133,22 +133,47 @@ def test_cancelling_the_caller_kills_the_child(tmp_path: Path) -> None:
 
 
 PARENT = """
-import asyncio, sys
-from node.worker import process
-request = {"directory": sys.argv[1], "seed": 1, "size": "demo"}
-asyncio.run(process.run("zoo", request, on_event=lambda event: print(event.get("pid", 0), flush=True)))
+import os, subprocess, sys
+subprocess.run([sys.executable, "-m", "node.worker", "zoo", str(os.getpid())])
 """
 
 
-def test_the_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_the_child_dies_with_a_parent_that_is_killed() -> None:
+    """Its pipes are those of this test and stay open, so no end of file and no broken pipe can end it."""
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path / "zoo")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as parent:
         assert parent.stdout is not None
-        child = os.pidfd_open(int(parent.stdout.readline()))
-        assert not ended(child, 0)
-        parent.kill()
-    assert ended(child)
+        child = os.pidfd_open(messages.decode(parent.stdout.readline())["event"]["pid"])
+        try:
+            assert not ended(child, 0)
+            parent.kill()
+            assert ended(child)
+        finally:
+            if not ended(child, 0):
+                signal.pidfd_send_signal(child, signal.SIGKILL)
+
+
+NOISE = """
+import sys
+
+class Noise:
+    def find_spec(self, name, path=None, target=None):
+        if name == "merge_core.simmerge":
+            print("a library says hello")
+
+sys.meta_path.insert(0, Noise())
+"""
+
+
+def test_what_a_library_prints_does_not_disturb_the_messages(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, described = measured_input(model_dir, tmp_path / "records")
+    (tmp_path / "startup").mkdir()
+    (tmp_path / "startup" / "sitecustomize.py").write_text(NOISE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "startup"), prepend=os.pathsep)
+    assert run("fingerprint", {"input": described, "output": str(tmp_path / "fp.json")})["size"] > 0
 
 
 def test_a_worker_whose_parent_is_already_gone_does_nothing() -> None:
