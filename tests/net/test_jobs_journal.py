@@ -1,4 +1,4 @@
-"""Jobs survive what kills their process: events fold, illegal orders are refused, locks go with their owner."""
+"""Jobs survive what kills their process: events fold, illegal orders are refused, locks go with it."""
 
 from __future__ import annotations
 
