@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import platformdirs
+
 from node.errors import LocalError, UsageError
 from node.home import Home
 from node.identity import keyring
@@ -137,7 +139,7 @@ def stop(home: Home) -> None:
     with ControlClient.connect(home) as node:
         node.shutdown()
     deadline = time.monotonic() + STOP_SECONDS
-    while _alive(pid):
+    while not running.ended(home):
         if time.monotonic() > deadline:
             raise LocalError(f"the node (pid {pid}) does not stop", hint=f"kill {pid}")
         time.sleep(POLL_SECONDS)
@@ -181,14 +183,6 @@ def _flags(settings: Config) -> list[str]:
     for name, values in (("--listen", settings.listen), ("--bootstrap", settings.bootstrap)):
         flags += [word for value in values for word in (name, value)]
     return flags
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def hashes(home: Home) -> HashCache:
@@ -327,3 +321,29 @@ def lineage(home: Home, directory: Path) -> Lineage:
     from node.provenance.lineage import lineage as follow
 
     return follow(directory, known_places(home).find)
+
+
+def zoo(seed: int, *, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The demo's base and experts: {base, experts}; trained once on a machine, then taken from its cache."""
+    from node.worker import process
+
+    folder = Path(platformdirs.user_cache_dir("weft")) / "zoo" / f"seed-{seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    request = {"directory": str(folder), "seed": seed, "size": "demo"}
+    return asyncio.run(process.run("zoo", request, on_event=on_event))
+
+
+def evaluate(models: dict[str, str], domains: list[str]) -> dict[str, Any]:
+    """Exact match of each model on each of the zoo's domains."""
+    from node.worker import process
+
+    request = {"models": models, "domains": domains}
+    scores: dict[str, Any] = asyncio.run(process.run("evaluate", request, on_event=lambda event: None))
+    return dict(scores["scores"])
+
+
+def write_settings(home: Home, settings: Config) -> None:
+    """Make these the settings of a home."""
+    from node import config
+
+    config.save(settings, home.config)

@@ -7,14 +7,13 @@ opened first is closed last, and work that is interrupted is taken up at the nex
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ async def serve(home: Home, settings: Config, *, on_up: Callable[[], None], cloc
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     identity = keyring.load(home.identity)
-    with _alone(home):
+    with running.alone(home):
         async with _node(home, settings, identity, stop.set, clock):
             on_up()
             await stop.wait()
@@ -140,7 +139,6 @@ async def _open_control(stack: AsyncExitStack, home: Home, services: server.Serv
     control = await server.start(services, running.new_token(home))
     stack.push_async_callback(control.stop)
     running.announce(home, running.Running(pid=os.getpid(), control_api=control.address))
-    stack.callback(running.withdraw, home)
 
 
 def _negotiation(
@@ -350,18 +348,3 @@ class _Tasks:
         if not task.cancelled() and task.exception() is not None:
             log.error("the node stops: %s", task, exc_info=task.exception())
             self._on_crash()
-
-
-@contextmanager
-def _alone(home: Home) -> Iterator[None]:
-    """Be the only node of a home; raises LocalError when there is one."""
-    home.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LocalError(f"a node runs already for {home.root}", hint="weft status") from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from node.errors import LocalError, NodeNotRunning
@@ -20,14 +23,50 @@ class Running:
 
 
 def find(home: Home) -> Running | None:
-    """The node that runs for this home; None when there is none or the one that was has died."""
+    """The node that runs for this home; None when there is none, or one that does not answer yet."""
+    if not _held(home):
+        return None
     try:
         said = json.loads(home.run.read_text())
-        running = Running(pid=int(said["pid"]), control_api=str(said["control_api"]))
-        os.kill(running.pid, 0)
+        return Running(pid=int(said["pid"]), control_api=str(said["control_api"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return running
+
+
+@contextmanager
+def alone(home: Home) -> Iterator[None]:
+    """Be the only node of a home; raises LocalError when there is one. The lock ends with the process."""
+    home.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LocalError(f"a node runs already for {home.root}", hint="weft status") from error
+        home.run.unlink(missing_ok=True)  # of one that was killed
+        yield
+    finally:
+        home.run.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def ended(home: Home) -> bool:
+    """Whether no node holds this home any more, not even one that is stopping."""
+    return not _held(home)
+
+
+def _held(home: Home) -> bool:
+    try:
+        descriptor = os.open(home.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def require(home: Home) -> Running:
@@ -41,13 +80,6 @@ def require(home: Home) -> Running:
 def announce(home: Home, running: Running) -> None:
     """Say where this node answers."""
     write_private(home.run, json.dumps({"pid": running.pid, "control_api": running.control_api}).encode())
-
-
-def withdraw(home: Home) -> None:
-    """Say that this node no longer runs; only the process that announced itself may."""
-    running = find(home)
-    if running is not None and running.pid == os.getpid():
-        home.run.unlink(missing_ok=True)
 
 
 def new_token(home: Home) -> str:
