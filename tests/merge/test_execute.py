@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ RECIPES = {
     + "parameters: {lambda: 0.8}\n",
     "ties": "merge_method: ties\n" + HEAD + MATH_AND_CODE + "parameters: {density: 0.3}\n",
 }
+MODELS = ("base", "math", "code")
 LONG = 2 * CHUNK_ELEMENTS + 300_007
 
 
@@ -88,7 +90,7 @@ def world(save: Callable[..., Path], weights: Callable[..., torch.Tensor], tmp_p
 
         def build(method: str, long: int = LONG) -> World:
             paths = {}
-            for model in ("base", "math", "code"):
+            for model in MODELS:
                 dtype = torch.float32 if model == "base" else torch.bfloat16
                 tensors = {
                     name: weights(f"{model} {name}", *shape, dtype=dtype)
@@ -456,6 +458,59 @@ def test_memory_is_bounded_by_chunks_not_by_tensors(tmp_path: Path) -> None:
     # The inputs take 144 MiB as they are stored, 288 MiB as float32; a chunk of one takes 2 MiB.
     assert after - before < 112 << 20
     assert after < estimate
+
+
+MERGE = """
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
+from merge_core.execute import run
+from merge_core.plan import MergePlan
+
+folder = Path(sys.argv[1])
+with ExitStack() as stack:
+    opened = [stack.enter_context(Checkpoint.open(Path(path))) for path in sys.argv[2:]]
+    sources = [VerifiedSource(c, measure(c).leaves) for c in opened]
+    plan = MergePlan.parse((folder / "plan.json").read_bytes())
+    run(
+        plan,
+        sources,
+        opened[plan.donor].functional_files(),
+        folder / "out",
+        journal=folder / "out.journal",
+        on_progress=lambda done: print(done, flush=True),
+    )
+"""
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_tensor_leaves_nothing_false(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    built = world("ties")
+    whole = built.run(tmp_path / "whole")
+    (tmp_path / "plan.json").write_bytes(built.plan.to_bytes())
+    # The long tensor is the first: the process has just begun it, or is in a later one.
+    for tensors in (0, 2):
+        command = [sys.executable, "-c", MERGE, str(tmp_path), *(str(tmp_path / "ties" / m) for m in MODELS)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            if tensors == 0:
+                wait_for(partial_path(tmp_path / "out") / "model.safetensors")
+            for _ in range(tensors):
+                assert process.stdout.readline()
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    assert built.run(tmp_path / "out") == whole
+    with Checkpoint.open(built.finish(tmp_path / "out")) as checkpoint:
+        assert measure(checkpoint).manifest == whole.manifest
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == [".whole.partial"]
+
+
+def wait_for(path: Path) -> None:
+    """Look until a file appears; the test's timeout is the deadline."""
+    while not path.exists():
+        pass
 
 
 def test_the_id_follows_from_names_and_numbers_alone(world: Callable[..., World], tmp_path: Path) -> None:

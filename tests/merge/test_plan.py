@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_core.checkpoint.reader import Checkpoint, measure
@@ -221,6 +221,7 @@ def test_a_plan_that_is_not_exact_is_refused(lie: tuple[str, Callable[[dict[str,
 
 
 @given(st.binary(max_size=60), st.integers(0, len(PLAN.to_bytes())))
+@settings(deadline=None)
 def test_damaged_bytes_are_no_plan(noise: bytes, at: int) -> None:
     data = PLAN.to_bytes()
     damaged = data[:at] + noise + data[at + len(noise) :]
