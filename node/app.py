@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from node.merging.parents import LocalParents
     from node.provenance.lineage import Lineage
     from node.provenance.verify import Report
-    from node.wire.v1 import control_pb2 as pb
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
@@ -163,19 +161,6 @@ def join(home: Home, text: str) -> Ticket:
     return ticket
 
 
-def merge_request(recipe: Recipe, directory: Path, *, publish: str, resume: bool) -> pb.StartMergeRequest:
-    """What the running node is asked to merge."""
-    from node.wire.v1 import control_pb2
-
-    return control_pb2.StartMergeRequest(
-        request_id=uuid.uuid4().hex,
-        recipe=recipe.to_yaml(),
-        directory=str(directory.absolute()),
-        publish_as=publish,
-        resume=resume,
-    )
-
-
 def _flags(settings: Config) -> list[str]:
     """The settings as flags of `weft up`."""
     flags = ["--network", settings.network, "--peer-api", settings.peer_api]
@@ -256,12 +241,13 @@ def local_parents(home: Home) -> LocalParents:
     return LocalParents(hashes(home), known_places(home), Path.cwd())
 
 
-def plan_here(home: Home, recipe: Recipe) -> pb.PlanMergeResponse:
-    """Resolve a recipe whose models all lie here."""
+def plan_here(home: Home, recipe: Recipe) -> dict[str, Any]:
+    """Resolve a recipe whose models all lie here; the same data as the control API's."""
     from node.control import views
     from node.merging.merge import Merging
+    from node.wire.view import to_data
 
-    return views.plan(asyncio.run(Merging(local_parents(home), None, clock=time.time).plan(recipe)))
+    return to_data(views.plan(asyncio.run(Merging(local_parents(home), None, clock=time.time).plan(recipe))))
 
 
 def merge_here(
@@ -310,7 +296,7 @@ def audit_here(
         local_parents(home),
         hashes(home),
         identity_if_any(home),
-        claims=home.root / "claims.jsonl",
+        claims=home.claims,
         clock=time.time,
     )
     return asyncio.run(local.audit(auditing, directory.absolute(), clock=time.time, on_view=on_view))

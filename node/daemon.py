@@ -21,6 +21,7 @@ from typing import Any
 from node import config
 from node.catalog.book import AdvertBook
 from node.catalog.expert import Origin
+from node.catalog.fingerprints import Fingerprints
 from node.catalog.gossip import Gossip
 from node.catalog.hashes import HashCache
 from node.catalog.shelf import Content, Shelf
@@ -58,6 +59,7 @@ from node.peer.server import PeerServer
 from node.store import Store
 
 log = logging.getLogger(__name__)
+TIDY_SECONDS = 3600.0
 Clock = Callable[[], float]
 
 
@@ -102,6 +104,7 @@ async def _node(
             clock=clock,
         )
         gossip.start()
+        Fingerprints(network, shelf).start()
         await stack.enter_async_context(network)
         links = _links(network, book, exchange, certificate, clock)
         stack.push_async_callback(links.close)
@@ -110,6 +113,7 @@ async def _node(
         await stack.enter_async_context(jobs)
         tasks = await stack.enter_async_context(_Tasks(on_crash=stop))
         tasks.add(gossip.run())
+        tasks.add(_tidy(provider))
         tasks.add(stay_connected(network, settings.bootstrap))
         services = server.Services(
             home=home,
@@ -288,6 +292,13 @@ def _jobs(
         JobKind.AUDIT: AuditWork(overlay, auditing),
     }
     return merging, Jobs(Journal(store), work, clock=clock)
+
+
+async def _tidy(provider: Provider) -> None:
+    """Forget what is over, once an hour, until cancelled."""
+    while True:
+        provider.forget()
+        await asyncio.sleep(TIDY_SECONDS)
 
 
 def _joiner(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from node.control.client import ControlClient
 from node.errors import WeftError
 from node.home import Home
 from node.identity import keyring
+from node.store import integrity
 
 LOW_DISK = 2 << 30
 
@@ -68,11 +68,7 @@ def _settings(home: Home) -> Finding:
 def _database(home: Home) -> Finding:
     if not home.database.exists():
         return Finding(name="database", ok=True, detail="none yet")
-    try:
-        with sqlite3.connect(f"file:{home.database}?mode=ro", uri=True) as database:
-            (said,) = database.execute("PRAGMA quick_check").fetchone()
-    except sqlite3.Error as error:
-        said = str(error)
+    said = integrity(home.database)
     fix = "" if said == "ok" else f"mv {home.database} {home.database}.damaged"
     return Finding(name="database", ok=said == "ok", detail=said, fix=fix)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +168,12 @@ class Store:
         for suffix in ("", "-wal", "-shm", "-lock"):
             with suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).unlink()
+
+
+def integrity(path: Path) -> str:
+    """What SQLite says of a file without changing it: `ok`, or what is wrong."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return str(database.execute("PRAGMA quick_check").fetchone()[0])
+    except sqlite3.Error as error:
+        return str(error)

@@ -45,7 +45,10 @@ def test_the_wheel_has_the_command_and_the_licence(wheel: Path) -> None:
 def test_the_command_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     """Unpacked elsewhere and found first on the path, the wheel answers for itself."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    script = "import node, sys; from node.cli.main import main; print(node.__file__); sys.argv=['weft','version']; main()"
+    script = (
+        "import node, sys; from node.cli.main import main; "
+        "print(node.__file__, flush=True); sys.argv = ['weft', 'version']; main()"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

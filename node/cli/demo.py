@@ -144,8 +144,10 @@ class Story:
         from node import app
 
         _step("Negotiate, fetch, merge", "node 2 asks for what it lacks, and merges on its own machine")
-        request = app.merge_request(app.read_recipe(self.recipe), self.merged, publish="merged", resume=False)
-        job = follow.to_the_end(self.homes["node 2"], lambda node: node.start_merge(request))
+        text = app.read_recipe(self.recipe).to_yaml()
+        job = follow.to_the_end(
+            self.homes["node 2"], lambda node: node.start_merge(text, self.merged, publish_as="merged")
+        )
         for agreement in job["agreements"]:
             models = ", ".join(render.short(model) for model in agreement["models"])
             provider = self._name(agreement["provider"])
@@ -158,9 +160,8 @@ class Story:
             for item in job["transfers"]
         }
         for peer, moved in self.told["transfer"].items():
-            out.say(
-                f"   {size(moved['bytes'])} from {self._name(peer)} at {moved['mb_s']} MB/s, every MiB verified"
-            )
+            amount = f"{size(moved['bytes'])} from {self._name(peer)} at {moved['mb_s']} MB/s"
+            out.say(f"   {amount}, every MiB verified before it was written")
         self.told |= {
             "agreements": job["agreements"],
             "model_id": job["model_id"],
@@ -187,7 +188,6 @@ class Story:
     def verify(self) -> None:
         """Verify on node 2, then let node 3 fetch the result and execute the merge again."""
         from node import app
-        from node.wire.v1 import control_pb2 as pb
 
         _step("Verify", "signatures, digests and provenance of the merged directory, pinned to node 2's key")
         report = app.verify(self.merged, Path(self.told["publisher_key"]))
@@ -197,8 +197,7 @@ class Story:
             "Audit", "node 3 fetches the model and its parents, executes the merge again, compares every leaf"
         )
         _wait_for(self.homes["node 3"], {"merged"})
-        request = pb.StartAuditRequest(request_id=secrets.token_hex(16), subject=self.told["model_id"])
-        job = follow.to_the_end(self.homes["node 3"], lambda node: node.start_audit(request))
+        job = follow.to_the_end(self.homes["node 3"], lambda node: node.start_audit(self.told["model_id"]))
         self.told["audit"] = job["audit"]
         verdict = "[green]PASSED[/]" if job["audit"]["passed"] else "[red]FAILED[/]"
         out.say(

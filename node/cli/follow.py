@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +67,6 @@ def to_the_end(home: Home, begin: Callable[[ControlClient], Any]) -> dict[str, A
 
 def audit(home: Home, directory: Path) -> dict[str, Any]:
     """Let the node audit a directory, parents fetched where they are missing; the job's result."""
-    from node.wire.v1 import control_pb2 as pb
-
-    request = pb.StartAuditRequest(request_id=uuid.uuid4().hex, subject=str(directory.absolute()))
-    job = to_the_end(home, lambda node: node.start_audit(request))
-    return {**job["audit"], "passed": job["audit"]["passed"]}
+    job = to_the_end(home, lambda node: node.start_audit(str(directory.absolute())))
+    found: dict[str, Any] = job["audit"]
+    return found

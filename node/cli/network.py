@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -116,15 +115,13 @@ def search(
 
 
 def get(
-    model_id: Annotated[str, typer.Argument(help="The id that `weft search` shows.")],
+    model_id: Annotated[str, typer.Argument(help="The id or name that `weft search` shows.")],
     publisher: Annotated[str, typer.Option(help="Only as signed by this publisher key id.")] = "",
 ) -> None:
     """Fetch an expert as its publisher signed it, verified, and become a second holder of it."""
     from node.home import Home
-    from node.wire.v1 import control_pb2 as pb
 
-    request = pb.StartGetRequest(request_id=uuid.uuid4().hex, model_id=model_id, publisher=publisher)
-    data = follow.to_the_end(Home.default(), lambda node: node.start_get(request))
+    data = follow.to_the_end(Home.default(), lambda node: node.start_get(model_id, publisher=publisher))
     out.result(data, lambda console: console.print(data["directory"]))
 
 
@@ -132,11 +129,10 @@ def plan(recipe: Annotated[Path, typer.Argument(help="A mergekit YAML file.")]) 
     """Resolve a recipe and show what it would cost, without moving a byte of weights."""
     from node import app
     from node.home import Home
-    from node.wire.view import to_data
 
     home, wanted = Home.default(), app.read_recipe(recipe)
     if app.needs_no_node(wanted):
-        data = to_data(app.plan_here(home, wanted))
+        data = app.plan_here(home, wanted)
     else:
         data = follow.ask(home, lambda node: node.plan(wanted.to_yaml()))
     out.result(data, lambda console: render.plan(console, data))
@@ -166,8 +162,10 @@ def merge(
             app.add(home, Path(data["directory"]), name=publish, licence=None, on_progress=lambda count: None)
             app.announce_if_running(home)
     else:
-        request = app.merge_request(wanted, directory, publish=publish, resume=resume)
-        data = follow.to_the_end(home, lambda node: node.start_merge(request))
+        text = wanted.to_yaml()
+        data = follow.to_the_end(
+            home, lambda node: node.start_merge(text, directory, publish_as=publish, resume=resume)
+        )
     out.result(data, lambda console: render.merged(console, out, data))
 
 

@@ -6,7 +6,9 @@ with ControlClient.connect(Home.default()) as node:
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -88,16 +90,27 @@ class ControlClient:
         )
         return answer
 
-    def start_merge(self, request: pb.StartMergeRequest) -> pb.Job:
-        """Start a merge, or return the job of the same request id."""
+    def start_merge(
+        self, recipe: str, directory: Path, *, publish_as: str = "", resume: bool = False
+    ) -> pb.Job:
+        """Start a merge of a recipe (YAML) into `directory`, or take up the unfinished one."""
+        request = pb.StartMergeRequest(
+            request_id=uuid.uuid4().hex,
+            recipe=recipe,
+            directory=str(directory.absolute()),
+            publish_as=publish_as,
+            resume=resume,
+        )
         return self._job(self._stub.StartMerge, request)
 
-    def start_get(self, request: pb.StartGetRequest) -> pb.Job:
-        """Start to fetch an expert."""
+    def start_get(self, model: str, *, publisher: str = "") -> pb.Job:
+        """Start to fetch an expert, by its name or the beginning of its id."""
+        request = pb.StartGetRequest(request_id=uuid.uuid4().hex, model_id=model, publisher=publisher)
         return self._job(self._stub.StartGet, request)
 
-    def start_audit(self, request: pb.StartAuditRequest) -> pb.Job:
-        """Start to re-execute a merge."""
+    def start_audit(self, subject: str) -> pb.Job:
+        """Start to re-execute a merge: an absolute directory, or a model that a peer holds."""
+        request = pb.StartAuditRequest(request_id=uuid.uuid4().hex, subject=subject)
         return self._job(self._stub.StartAudit, request)
 
     def jobs(self) -> list[pb.Job]:
