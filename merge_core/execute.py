@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from merge_core import arithmetic
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.manifest import LeafTable, Manifest, TensorRecord, tensor_root_of
 from merge_core.checkpoint.reader import file_record, tensor_record
@@ -40,7 +39,7 @@ from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.functional import output_files
 from merge_core.journal import Finished, Journal
-from merge_core.operators import OPERATORS
+from merge_core.operators import OPERATORS, arithmetic
 from merge_core.operators.base import Chunk, Traced
 from merge_core.plan import CHUNK_ELEMENTS, MergePlan, TensorPlan
 from merge_core.trace import Trace, close

@@ -6,8 +6,9 @@ base         what an operator declares and the rules that keep its bits
 reductions   sums over a tensor with fixed bits
 linear  slerp  task_arithmetic  ties     the formulas that a recipe can name
 passthrough  what a plan uses for tensors without arithmetic
+arithmetic   stored bytes to float32 and back; imports torch, so only execution imports it
 
-Nothing here imports torch until a kernel is handed tensors.
+Nothing else here imports torch: kernels use the tensors that they are handed.
 """
 
 from __future__ import annotations
