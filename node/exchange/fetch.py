@@ -147,7 +147,7 @@ class _Job:
                 return await to_the_end(self.pool, partial.set_aside)
             await to_the_end(self.pool, partial.commit)
         finally:
-            partial.close()
+            await to_the_end(self.pool, partial.close)
         return None
 
     async def _copy(self, partial: Partial) -> None:

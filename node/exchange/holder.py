@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,19 +25,19 @@ class Holder(Protocol):
     async def describe(self, ref: ModelRef) -> Holding:
         """Which files it has of a model, and whose signature."""
 
-    def manifest(self, ref: ModelRef) -> AsyncIterator[bytes]:
+    def manifest(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         """The canonical manifest."""
 
-    def leaf_table(self, ref: ModelRef) -> AsyncIterator[bytes]:
+    def leaf_table(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         """The leaf table."""
 
-    def fingerprint(self, ref: ModelRef) -> AsyncIterator[bytes]:
+    def fingerprint(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         """The fingerprint."""
 
-    def file(self, ref: ModelRef, path: str, offset: int, length: int) -> AsyncIterator[bytes]:
+    def file(self, ref: ModelRef, path: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """Bytes [offset, offset + length) of a file."""
 
-    def leaves(self, ref: ModelRef, ranges: Sequence[ByteRange]) -> AsyncIterator[bytes]:
+    def leaves(self, ref: ModelRef, ranges: Sequence[ByteRange]) -> AsyncGenerator[bytes, None]:
         """Ranges of tensors, one piece for each leaf that they touch."""
 
 

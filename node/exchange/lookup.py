@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -107,11 +107,13 @@ async def first(
     raise nobody(what, failures)
 
 
-async def collect(stream: AsyncIterator[bytes], limit: int, *, deadline: float = PIECE_DEADLINE) -> bytes:
+async def collect(
+    stream: AsyncGenerator[bytes, None], limit: int, *, deadline: float = PIECE_DEADLINE
+) -> bytes:
     """Read a stream to its end; raises PeerError above `limit` bytes, Unreachable when a piece is late."""
     data = bytearray()
     try:
-        async with aclosing(stream) as pieces:  # type: ignore[type-var]
+        async with aclosing(stream) as pieces:
             while True:
                 async with asyncio.timeout(deadline):
                     piece = await anext(pieces, None)

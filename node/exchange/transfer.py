@@ -98,7 +98,7 @@ class Transfer:
     async def _stream(self, holder: Holder, shard: Shard) -> None:
         leaves = [self._leaves[number] for number in shard.leaves]
         patience = self._schedule.patience(holder.peer)
-        async with aclosing(holder.leaves(self._ref, _ranges(leaves))) as pieces:  # type: ignore[type-var]
+        async with aclosing(holder.leaves(self._ref, _ranges(leaves))) as pieces:
             for leaf in leaves:
                 async with asyncio.timeout(patience):
                     piece = await anext(pieces, None)

@@ -7,7 +7,7 @@ the authenticated libp2p stream. What arrives is unchecked; whoever asked for it
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,27 +74,27 @@ class PeerClient:
             raise error_of(error) from error
         return wire.parse_holding(answer)
 
-    def manifest(self, ref: ModelRef) -> AsyncIterator[bytes]:
+    def manifest(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         """Stream the canonical manifest."""
         return self._stream("ReadManifest", pb.ReadManifestRequest(model=wire.model_ref(ref)))
 
-    def leaf_table(self, ref: ModelRef) -> AsyncIterator[bytes]:
+    def leaf_table(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         """Stream the leaf table."""
         return self._stream("ReadLeafTable", pb.ReadLeafTableRequest(model=wire.model_ref(ref)))
 
-    def fingerprint(self, ref: ModelRef) -> AsyncIterator[bytes]:
+    def fingerprint(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         """Stream the fingerprint."""
         return self._stream("ReadFingerprint", pb.ReadFingerprintRequest(model=wire.model_ref(ref)))
 
-    def file(self, ref: ModelRef, path: str, offset: int, length: int) -> AsyncIterator[bytes]:
+    def file(self, ref: ModelRef, path: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """Stream bytes [offset, offset + length) of a file."""
         return self._stream("ReadFile", wire.read_file_request(ref, path, offset, length))
 
-    def leaves(self, ref: ModelRef, ranges: Sequence[ByteRange]) -> AsyncIterator[bytes]:
+    def leaves(self, ref: ModelRef, ranges: Sequence[ByteRange]) -> AsyncGenerator[bytes, None]:
         """Stream ranges of tensors, one message for each leaf that they touch."""
         return self._stream("ReadLeaves", wire.read_leaves_request(ref, ranges))
 
-    async def _stream(self, method: str, request: Any) -> AsyncIterator[bytes]:
+    async def _stream(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
         serialize: Callable[[Any], bytes] = type(request).SerializeToString
         call = next(self._turn).unary_stream(f"/{SERVICE}/{method}", request_serializer=serialize)(request)
         try:

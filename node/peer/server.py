@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,43 @@ WRITE_DEADLINE = 60.0
 """Seconds that a caller may take to accept one piece of 1 MiB."""
 
 
+class ServedFile:
+    """A regular file open for reading in threads; closing it waits for the read that runs.
+
+    A descriptor closed under a running read could by then be another file's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read exactly these bytes; raises OSError when the file is shorter, or closed."""
+        with self._lock:
+            data = os.pread(self._fd, length, offset) if self._fd >= 0 else b""
+        if len(data) != length:
+            raise OSError("a published file is shorter than it was")
+        return data
+
+    def close(self) -> None:
+        """Close, once."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Bytes to read at an offset of an open file."""
 
-    fd: int
+    file: ServedFile
     offset: int
     length: int
+
+    def read(self) -> bytes:
+        """Read them; raises OSError."""
+        return self.file.read(self.offset, self.length)
 
 
 class PeerServer:
@@ -147,14 +178,17 @@ class PeerServer:
         files = tuple(HeldFile(path=path, size=size) for path, size in sorted(held.files.items()))
         return wire.holding(Holding(publisher=Digest(held.publisher), files=files))
 
-    def _answer(self, method: Callable[[PeerId, Any], AsyncIterator[bytes]]) -> Any:
+    def _answer(self, method: Callable[[PeerId, Any], AsyncGenerator[bytes, None]]) -> Any:
         """Wrap a stream of bytes: who calls, a deadline on every write, and what its errors become."""
 
         async def handler(request: Any, context: Any) -> None:
             try:
-                async for data in method(self._caller(context), request):
-                    async with asyncio.timeout(self._write_deadline):
-                        await context.write(data)
+                async with aclosing(method(self._caller(context), request)) as pieces:
+                    async for data in pieces:
+                        async with asyncio.timeout(self._write_deadline):
+                            await context.write(data)
+            except grpc.aio.InternalError:
+                return  # the caller went away, as it does when another holder was faster
             except TimeoutError:
                 await abort(context, Refused(Reason.BUSY, "the pieces were not accepted in time"))
             except (Refused, OSError, MergeCoreError, LocalError) as error:
@@ -162,65 +196,72 @@ class PeerServer:
 
         return handler
 
-    async def _manifest(self, peer: PeerId, request: pb.ReadManifestRequest) -> AsyncIterator[bytes]:
+    async def _manifest(self, peer: PeerId, request: pb.ReadManifestRequest) -> AsyncGenerator[bytes, None]:
         for data in _cut(self._open(wire.parse_model_ref(request.model)).manifest):
             yield data
 
-    async def _leaf_table(self, peer: PeerId, request: pb.ReadLeafTableRequest) -> AsyncIterator[bytes]:
+    async def _leaf_table(
+        self, peer: PeerId, request: pb.ReadLeafTableRequest
+    ) -> AsyncGenerator[bytes, None]:
         for data in _cut(self._open(wire.parse_model_ref(request.model)).leaf_table):
             yield data
 
-    async def _fingerprint(self, peer: PeerId, request: pb.ReadFingerprintRequest) -> AsyncIterator[bytes]:
+    async def _fingerprint(
+        self, peer: PeerId, request: pb.ReadFingerprintRequest
+    ) -> AsyncGenerator[bytes, None]:
         for data in _cut(self._open(wire.parse_model_ref(request.model)).fingerprint):
             yield data
 
-    async def _file(self, peer: PeerId, request: pb.ReadFileRequest) -> AsyncIterator[bytes]:
+    async def _file(self, peer: PeerId, request: pb.ReadFileRequest) -> AsyncGenerator[bytes, None]:
         ref, path, offset, length = wire.parse_read_file_request(request)
         held = self._open(ref)
         if path not in held.files or offset + length > held.files[path]:
             raise Refused(Reason.MALFORMED, "no such bytes of a published file")
         if path not in FREE_FILES:
             self._entitlements.covers(peer, ref.model_id, length)
-        with ExitStack() as stack:
-            fd = _open_regular(held.directory / path, stack)
-            async for data in self._read(list(_pieces(fd, offset, offset + length, offset))):
-                yield data
+        with closing(ServedFile(held.directory / path)) as file:
+            async with aclosing(self._read(list(_pieces(file, offset, offset + length, offset)))) as pieces:
+                async for data in pieces:
+                    yield data
 
-    async def _leaves(self, peer: PeerId, request: pb.ReadLeavesRequest) -> AsyncIterator[bytes]:
+    async def _leaves(self, peer: PeerId, request: pb.ReadLeavesRequest) -> AsyncGenerator[bytes, None]:
         ref, ranges = wire.parse_read_leaves_request(request)
         held = self._open(ref)
         _check_ranges(held, ranges)
         self._entitlements.covers(peer, ref.model_id, sum(r.length for r in ranges))
         with ExitStack() as stack:
-            fds: dict[str, int] = {}
+            files: dict[str, ServedFile] = {}
             pieces: list[Piece] = []
             for r in ranges:
                 path, span = held.tensors[r.tensor]
-                if path not in fds:
-                    fds[path] = _open_regular(held.directory / path, stack)
+                if path not in files:
+                    files[path] = stack.enter_context(closing(ServedFile(held.directory / path)))
                 start = span.begin + r.offset
-                pieces.extend(_pieces(fds[path], start, start + r.length, span.begin))
-            async for data in self._read(pieces):
-                yield data
+                pieces.extend(_pieces(files[path], start, start + r.length, span.begin))
+            async with aclosing(self._read(pieces)) as read:
+                async for data in read:
+                    yield data
 
     def _open(self, ref: ModelRef) -> HeldModel:
         return self._shelf.open(ref.model_id, ref.publisher)
 
-    async def _read(self, pieces: Sequence[Piece]) -> AsyncIterator[bytes]:
+    async def _read(self, pieces: Sequence[Piece]) -> AsyncGenerator[bytes, None]:
         """Read pieces in order, the next one while the last one is sent; raises OSError on a short file."""
         loop = asyncio.get_running_loop()
-        ahead: Awaitable[bytes] | None = None
-        try:
-            for i, piece in enumerate(pieces):
-                data = await (ahead or loop.run_in_executor(self._pool, _pread, piece))
-                ahead = (
-                    loop.run_in_executor(self._pool, _pread, pieces[i + 1]) if i + 1 < len(pieces) else None
-                )
-                yield data
-        finally:
-            if ahead is not None:
-                # The file must stay open until nobody reads it: its number may soon be another file's.
-                await asyncio.wait([asyncio.ensure_future(ahead)])
+        ahead: asyncio.Future[bytes] | None = None
+        for i, piece in enumerate(pieces):
+            data = await (ahead or loop.run_in_executor(self._pool, piece.read))
+            following = pieces[i + 1] if i + 1 < len(pieces) else None
+            ahead = loop.run_in_executor(self._pool, following.read) if following else None
+            if ahead:
+                ahead.add_done_callback(_look_at)
+            yield data
+
+
+def _look_at(future: asyncio.Future[bytes]) -> None:
+    """Take notice of an error that nobody waits for any more: the caller went away."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _check_ranges(held: HeldModel, ranges: Sequence[ByteRange]) -> None:
@@ -232,25 +273,12 @@ def _check_ranges(held: HeldModel, ranges: Sequence[ByteRange]) -> None:
             raise Refused(Reason.MALFORMED, "a range beyond the end of its tensor")
 
 
-def _open_regular(path: Path, stack: ExitStack) -> int:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    stack.callback(os.close, fd)
-    return fd
-
-
-def _pieces(fd: int, begin: int, end: int, origin: int) -> Iterator[Piece]:
+def _pieces(file: ServedFile, begin: int, end: int, origin: int) -> Iterator[Piece]:
     """Cut [begin, end) of a file where multiples of 1 MiB after `origin` lie."""
     while begin < end:
         stop = min(end, origin + ((begin - origin) // LEAF_SIZE + 1) * LEAF_SIZE)
-        yield Piece(fd, begin, stop - begin)
+        yield Piece(file, begin, stop - begin)
         begin = stop
-
-
-def _pread(piece: Piece) -> bytes:
-    data = os.pread(piece.fd, piece.length, piece.offset)
-    if len(data) != piece.length:
-        raise OSError("a published file is shorter than it was")
-    return data
 
 
 def _cut(data: bytes) -> Iterator[bytes]:

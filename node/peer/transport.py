@@ -15,4 +15,6 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # The default, 5 minutes, would make a server hang up on a client that pings as above.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )

@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +57,7 @@ def flip(path: Path, offset: int) -> None:
 class Stalling(PeerServer):
     """Sends two pieces of every answer that has more, and then nothing, forever."""
 
-    async def _read(self, pieces: Sequence[Piece]) -> AsyncIterator[bytes]:
+    async def _read(self, pieces: Sequence[Piece]) -> AsyncGenerator[bytes, None]:
         few = pieces[:2]
         async for data in super()._read(few):
             yield data
@@ -70,7 +70,7 @@ class Counting(PeerServer):
 
     sent = 0
 
-    async def _read(self, pieces: Sequence[Piece]) -> AsyncIterator[bytes]:
+    async def _read(self, pieces: Sequence[Piece]) -> AsyncGenerator[bytes, None]:
         async for data in super()._read(pieces):
             self.sent += len(data)
             yield data
@@ -84,7 +84,7 @@ async def start(world: Any, published: Any, *shelves: Any, server: Any = PeerSer
 
 
 async def get(published: Any, holders: Sequence[Any], destination: Path, **options: Any) -> Fetched:
-    options = {"clock": time.monotonic, "patience": BRISK, **options}
+    options = {"clock": time.monotonic, **options}
     return await fetch(published.expert.model_id, holders, destination, **options)
 
 
@@ -171,6 +171,7 @@ async def test_the_honest_holder_is_found_after_each_kind_of_lie(
         )
         fetched = await get(published, [liar, honest], tmp_path / name)
         assert files_of(fetched.directory) == files_of(published.expert.directory), name
+        assert fetched.publisher == published.expert.publisher, name
         assert not [path for path in names_in(tmp_path) if path.startswith(".")], name
 
 
@@ -194,14 +195,14 @@ async def test_a_stalling_holder_is_overtaken(world: Any, published: Any, tmp_pa
         world.client(asker, await world.node(published.shelf, kind), grant=model)
         for kind in (Stalling, PeerServer)
     ]
-    fetched = await get(published, [slow, fast], tmp_path / "got")
+    fetched = await get(published, [slow, fast], tmp_path / "got", patience=BRISK)
     assert files_of(fetched.directory) == files_of(published.expert.directory)
     assert fetched.received[fast.peer] > 10 * MIB
 
 
 async def test_a_holder_that_only_stalls_is_given_up(world: Any, published: Any, tmp_path: Path) -> None:
     class Mute(PeerServer):
-        async def _read(self, pieces: Sequence[Piece]) -> AsyncIterator[bytes]:
+        async def _read(self, pieces: Sequence[Piece]) -> AsyncGenerator[bytes, None]:
             if len(pieces) > 1:
                 await asyncio.Event().wait()
             async for data in super()._read(pieces):
@@ -209,7 +210,7 @@ async def test_a_holder_that_only_stalls_is_given_up(world: Any, published: Any,
 
     (mute,) = await start(world, published, published.shelf, server=Mute)
     with pytest.raises(NotEnoughPeers, match="sent nothing for too long"):
-        await get(published, [mute], tmp_path / "got")
+        await get(published, [mute], tmp_path / "got", patience=BRISK)
     assert not (tmp_path / "got").exists()
 
 
