@@ -168,7 +168,8 @@ class Libp2pNetwork(Switchboard):
     async def disconnect(self, peer: PeerId) -> None:
         """Close the connection to a peer, if there is one."""
         if self._core is not None:
-            await self._core.bridge.call(self._core.hang_up, peer)
+            with suppress(Unreachable):
+                await self._core.bridge.call(self._core.hang_up, peer)
 
     async def ping(self, peer: PeerId, *, deadline: float = 5.0) -> float:
         """Measure the round trip to a connected peer in seconds."""
@@ -187,8 +188,11 @@ class Libp2pNetwork(Switchboard):
     async def publish(self, topic: str, data: bytes) -> int:
         """Send to everybody on a topic; return how many neighbours are on it now."""
         self._check_publishable(topic, data)
-        core = self._running_core()
-        return await core.bridge.call(core.publish, topic, bytes(data))
+        try:
+            core = self._running_core()
+            return await core.bridge.call(core.publish, topic, bytes(data))
+        except Unreachable:  # starting again, or about to: nobody is connected
+            return 0
 
     def handle(self, protocol: str, handler: Callable[[PeerId, bytes], Awaitable[bytes]]) -> None:
         """Answer requests of a protocol with a handler."""
@@ -226,8 +230,10 @@ class Libp2pNetwork(Switchboard):
         )
 
     def _running_core(self) -> _Core:
-        if self._core is None:
+        if not self.running:
             raise LocalError("the network is not started", hint="weft up")
+        if self._core is None:
+            raise Unreachable("the network is starting again", hint="try again in a moment")
         return self._core
 
     def _crashed(self, core: _Core, error: BaseException | None) -> None:
@@ -302,7 +308,7 @@ class _Bridge:
     async def call(self, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
         """Await an async function of the trio side from the event loop; cancelling it crosses over."""
         if self._token is None:
-            raise LocalError("the network is not started", hint="weft up")
+            raise Unreachable("the network is not running yet, or no longer")
         future: asyncio.Future[T] = self._loop.create_future()
         scope = trio.CancelScope()
         self._waiting.add(future)
@@ -427,7 +433,7 @@ class _Core:
     # -- in the trio thread ----------------------------------------------------------------------------
 
     async def _main(self) -> None:
-        self._stop = trio.Event()
+        self._stop, self._publishing = trio.Event(), trio.Lock()
         self._host = self._build_host()
         self._swarm = self._host.get_network()
         self._pubsub = _Pubsub(self, self._host, _build_router())
@@ -463,7 +469,7 @@ class _Core:
         return [address for listener in self._swarm.listeners.values() for address in listener.get_addrs()]
 
     async def _shut_down(self) -> None:
-        """Close all connections at once, then the host: leaving `run` alone leaks their sockets."""
+        """Close all connections at once (each takes its time), then the rest of the host."""
         with _shielded(STOP_DEADLINE):
             async with trio.open_nursery() as nursery:
                 for connection in self._swarm.get_connections():
@@ -694,8 +700,9 @@ class _Core:
 
     async def publish(self, topic: str, data: bytes) -> int:
         """Send a message of our own to every neighbour on a topic; return how many there are."""
-        await self._pubsub.wait_for_room(topic)
-        await self._pubsub.publish(topic, data)
+        async with self._publishing:  # else many at once would all find the same room
+            await self._pubsub.wait_for_room(topic)
+            await self._pubsub.publish(topic, data)
         return len(self._pubsub.reachable(topic))
 
     def admit(self, forwarder: ID, message: rpc_pb2.Message) -> bool:

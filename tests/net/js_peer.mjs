@@ -25,8 +25,9 @@ const node = await createLibp2p({
 })
 const say = (value) => process.stdout.write(JSON.stringify(value) + '\n')
 try {
+  const identified = new Promise((resolve) => node.addEventListener('peer:identify', resolve, { once: true }))
   const connection = await node.dial(multiaddr(address), { signal: AbortSignal.timeout(10000) })
-  const seen = await node.services.identify.identify(connection)
+  const seen = (await identified).detail
   const milliseconds = await node.services.ping.ping(connection.remotePeer)
   say({
     peer: connection.remotePeer.toString(),

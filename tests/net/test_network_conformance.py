@@ -450,8 +450,7 @@ async def test_a_burst_arrives_whole(world: World) -> None:
     at_bob = Listener(bob)
     await joined(alice, bob)
     sent = {b"%d" % index for index in range(90)}
-    for data in sorted(sent):
-        await alice.publish(TOPIC, data)
+    await asyncio.gather(*(alice.publish(TOPIC, data) for data in sent))
     assert {(await at_bob.hears())[1] for _ in sent} == sent
 
 

@@ -295,6 +295,7 @@ async def test_a_crash_of_the_thread_is_survived_at_the_same_address(
     network: Libp2pNetwork, caplog: pytest.LogCaptureFixture
 ) -> None:
     addresses, seen = network.addresses(), Witness(network)
+    network.subscribe(TOPIC, lambda author, data: Verdict.ACCEPT, lambda author, data: asyncio.sleep(0))
     async with Libp2pNetwork(HostKey.generate().private_bytes, LOOPBACK) as stranger:
         await stranger.connect(addresses[0])
         await seen.sees(Change.CONNECTED)
@@ -306,14 +307,39 @@ async def test_a_crash_of_the_thread_is_survived_at_the_same_address(
         network._core.bridge.post(crash)
         assert await seen.sees(Change.DISCONNECTED) == stranger.peer_id
         assert "ended unexpectedly" in caplog.text
-        with pytest.raises(LocalError):
-            await network.ping(stranger.peer_id)
+        with pytest.raises(Unreachable):
+            await network.connect(stranger.addresses()[0])
+        assert await network.publish(TOPIC, b"to nobody") == 0
         async with asyncio.timeout(SOON):
             while network._core is None:  # noqa: ASYNC110 - nobody tells when it is back
                 await asyncio.sleep(0.01)
         assert network.addresses() == addresses
         assert await stranger.connect(addresses[0]) == network.peer_id
         assert await stranger.request(network.peer_id, ECHO, b"back", deadline=SOON) == b"back"
+
+
+async def test_a_cancelled_request_closes_its_stream(network: Libp2pNetwork) -> None:
+    begun = asyncio.Queue[None]()
+
+    async def hang(peer: PeerId, payload: bytes) -> bytes:
+        begun.put_nowait(None)
+        await asyncio.Event().wait()
+        return b""
+
+    network.handle("/weft/hang/1", hang)
+    async with Libp2pNetwork(HostKey.generate().private_bytes, LOOPBACK) as stranger:
+        await stranger.connect(network.addresses()[0])
+        await stranger.ping(network.peer_id)
+        assert stranger._core is not None
+        (connection,) = stranger._core._swarm.get_connections()
+        before = len(connection.get_streams())
+        asking = asyncio.create_task(stranger.request(network.peer_id, "/weft/hang/1", b"", deadline=60))
+        await asyncio.wait_for(begun.get(), SOON)
+        assert len(connection.get_streams()) == before + 1
+        asking.cancel()
+        async with asyncio.timeout(SOON):
+            while len(connection.get_streams()) > before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 def open_sockets() -> int:
