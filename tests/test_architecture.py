@@ -15,8 +15,6 @@ GENERATED = ("_pb2.py", "_pb2_grpc.py", "_pb2.pyi")
 HOMES = {
     "torch": (
         "merge_core/operators/",
-        "merge_core/execute.py",
-        "merge_core/arithmetic.py",
         "merge_core/zoo/",
         "merge_core/evaluation/",
         "node/worker/tasks.py",

@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 SCHEMA = "weft.cli/v1"
+WIDE = 400
+
+
+def _width(stream: TextIO) -> int | None:
+    return None if stream.isatty() else WIDE
 
 
 class Output:
@@ -23,8 +28,9 @@ class Output:
 
     def __init__(self) -> None:
         self.as_json = False
-        self.data_console = Console(highlight=False, soft_wrap=True)
-        self.story_console = Console(stderr=True, highlight=False, soft_wrap=True)
+        # A pipe or a log file has no right edge at which a model id would have to be broken.
+        self.data_console = Console(highlight=False, soft_wrap=True, width=_width(sys.stdout))
+        self.story_console = Console(stderr=True, highlight=False, soft_wrap=True, width=_width(sys.stderr))
 
     def result(self, data: Any, show: Callable[[Console], None]) -> None:
         """Print the verb's one result: `data` as the envelope, or what `show` draws."""

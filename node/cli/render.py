@@ -280,7 +280,14 @@ def _grow(tree: Tree, model: Lineage) -> None:
 
 
 def _ancestor(model: Lineage) -> str:
-    words = [model.role, model.model_id, *model.operators, model.licence, model.origin.value, model.detail]
+    words = [
+        model.role,
+        short(model.model_id),
+        *model.operators,
+        model.licence,
+        model.origin.value,
+        model.detail,
+    ]
     return escape("  ".join(word for word in words if word))
 
 

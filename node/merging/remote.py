@@ -20,6 +20,7 @@ from node.catalog.book import AdvertBook, Listing, Query
 from node.catalog.expert import Expert
 from node.catalog.hashes import HashCache
 from node.catalog.shelf import Shelf
+from node.domain.advert import AdvertisedModel
 from node.domain.holding import ModelRef
 from node.domain.ids import PeerId
 from node.domain.job import JobState
@@ -93,13 +94,13 @@ class NetworkParents:
     ) -> Obtained:
         """Agree with the holders of what is missing, then fetch it."""
         here = {parent.model_id: on_disk(parent) for parent in parents if parent.directory is not None}
-        missing = [parent for parent in parents if parent.directory is None]
+        missing = [parent.model_id for parent in parents if parent.directory is None]
         acquisition = Acquisition(self._overlay, attempt)
-        for parent in missing:
-            expert = await acquisition.acquire(
-                parent.model_id, purpose=purpose, plan=plan.digest, into=self._overlay.private
-            )
-            here[parent.model_id] = await asyncio.to_thread(_of_shelf, self._overlay.private, expert)
+        acquired = await acquisition.acquire(
+            missing, purpose=purpose, plan=plan.digest, into=self._overlay.private
+        )
+        for expert in acquired:
+            here[expert.model_id] = await asyncio.to_thread(_of_shelf, self._overlay.private, expert)
         return Obtained(parents=here, agreements=acquisition.agreements())
 
     async def _one(self, reference: str, attempt: Attempt | None) -> Parent:
@@ -143,6 +144,19 @@ class NetworkParents:
         return Published(found.pop())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """A model that is to come here, and who advertises it, the first of them as who describes it."""
+
+    model_id: ModelId
+    listings: tuple[Listing, ...]
+
+    @property
+    def offered(self) -> AdvertisedModel:
+        """What the first holder says of it."""
+        return self.listings[0].model
+
+
 class Acquisition:
     """Bringing models here under agreements, step by step in one job's journal."""
 
@@ -156,36 +170,88 @@ class Acquisition:
 
     async def acquire(
         self,
-        model_id: ModelId,
+        models: Sequence[ModelId],
         *,
         purpose: Purpose,
         plan: Digest | None,
         into: Shelf,
         publisher: Digest | None = None,
-    ) -> Expert:
-        """Agree on, fetch and shelve one model. Raises Refused, Unreachable, NotEnoughPeers, LimitReached."""
-        overlay, attempt = self._overlay, self._attempt
-        found = overlay.listings(model_id)
-        listings = [item for item in found if publisher in (None, item.model.publisher)]
+    ) -> list[Expert]:
+        """Agree on, fetch and shelve models. Raises Refused, Unreachable, NotEnoughPeers, LimitReached.
+
+        Nothing is fetched before every model is granted by somebody.
+        """
+        wanted = [self._wanted(model_id, publisher) for model_id in models]
+        names = ", ".join(item.offered.name for item in wanted)
+        if wanted:
+            self._attempt.enter(JobState.WAITING_FOR_PEERS, f"an agreement on {names}")
+        granted = await self._agree(wanted, purpose, plan)
+        if wanted:
+            self._attempt.enter(JobState.FETCHING, names)
+        return [await self._fetch(item, granted[item.model_id], into) for item in wanted]
+
+    def _wanted(self, model_id: ModelId, publisher: Digest | None) -> _Wanted:
+        found = self._overlay.listings(model_id)
+        listings = tuple(item for item in found if publisher in (None, item.model.publisher))
         if not listings:
             raise NotEnoughPeers(f"nobody advertises {model_id}", hint="weft search; weft peers")
-        offered = listings[0].model
-        attempt.enter(JobState.WAITING_FOR_PEERS, f"an agreement on {offered.name}")
-        holders = await self._agree(await overlay.holders(listings), model_id, purpose, plan)
-        attempt.enter(JobState.FETCHING)
-        destination = overlay.incoming / model_id.hex
+        return _Wanted(model_id=model_id, listings=listings)
+
+    async def _agree(
+        self, wanted: Sequence[_Wanted], purpose: Purpose, plan: Digest | None
+    ) -> dict[ModelId, list[Holder]]:
+        """Who grants what: one offer to each holder for all that it has, else one for each model."""
+        granted: dict[ModelId, list[Holder]] = {item.model_id: [] for item in wanted}
+        said: dict[ModelId, WeftError] = {}
+        has: dict[PeerId, list[ModelId]] = {}
+        for item in wanted:
+            for peer in dict.fromkeys(listing.peer for listing in item.listings):
+                has.setdefault(peer, []).append(item.model_id)
+        for peer, models in has.items():
+            for bundle in (models, *([model] for model in models)):
+                open_ones = [model for model in bundle if peer not in {h.peer for h in granted[model]}]
+                if not open_ones:
+                    continue
+                try:
+                    holder = await self._propose(peer, open_ones, purpose, plan)
+                except (Refused, Unreachable, PeerError) as error:
+                    said |= dict.fromkeys(open_ones, error)
+                    continue
+                for model in open_ones:
+                    granted[model].append(holder)
+        for model, holders in granted.items():
+            if not holders:
+                raise said[model]
+        return granted
+
+    async def _propose(
+        self, peer: PeerId, models: Sequence[ModelId], purpose: Purpose, plan: Digest | None
+    ) -> Holder:
+        """Come to an agreement and journal it; raises Refused, Unreachable or PeerError."""
+        holder = await self._overlay.links.to(peer)
+        concluded = await self._overlay.negotiation.propose(
+            peer, purpose=purpose, models=models, plan=plan, fresh=self._attempt.job.attempts > 1
+        )
+        signed = concluded.envelope.to_json()
+        known = self._attempt.reached("agreements") or []
+        if signed not in known:
+            self._attempt.reach("agreements", [*known, signed])
+        return holder
+
+    async def _fetch(self, wanted: _Wanted, holders: Sequence[Holder], into: Shelf) -> Expert:
+        overlay, offered = self._overlay, wanted.offered
         begun = time.monotonic()
         fetched = await fetch(
-            model_id,
+            wanted.model_id,
             holders,
-            destination,
+            overlay.incoming / wanted.model_id.hex,
             clock=time.monotonic,
             publisher=offered.publisher,
             have=overlay.have,
             on_progress=lambda progress: self._tell(offered.name, progress),
         )
         self._tally(fetched, time.monotonic() - begun)
-        ref = ModelRef(model_id=model_id, publisher=fetched.publisher)
+        ref = ModelRef(model_id=wanted.model_id, publisher=fetched.publisher)
         sketch = await read_fingerprint(holders, ref, offered.fingerprint)
         return await asyncio.to_thread(
             into.adopt,
@@ -197,31 +263,8 @@ class Acquisition:
             licence=offered.licence,
             base=offered.base,
             now=overlay.clock(),
-            source=f"peer://{holders[0].peer}/{model_id}",
+            source=f"peer://{holders[0].peer}/{wanted.model_id}",
         )
-
-    async def _agree(
-        self, holders: Sequence[Holder], model_id: ModelId, purpose: Purpose, plan: Digest | None
-    ) -> list[Holder]:
-        """The holders that agreed; raises what the last one said when none did."""
-        willing: list[Holder] = []
-        last: WeftError | None = None
-        for holder in holders:
-            try:
-                concluded = await self._overlay.negotiation.propose(
-                    holder.peer, purpose=purpose, models=[model_id], plan=plan
-                )
-            except (Refused, Unreachable, PeerError) as error:
-                last = error
-                continue
-            signed = concluded.envelope.to_json()
-            known = self._attempt.reached("agreements") or []
-            if signed not in known:
-                self._attempt.reach("agreements", [*known, signed])
-            willing.append(holder)
-        if not willing:
-            raise last or NotEnoughPeers(f"nobody offers {model_id}", hint="weft search")
-        return willing
 
     def _tell(self, name: str, progress: Progress) -> None:
         self._attempt.progress(f"fetching {name}", progress.done, progress.total)

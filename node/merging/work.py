@@ -26,8 +26,8 @@ class FetchWork:
         publisher = Digest(attempt.request["publisher"]) if attempt.request["publisher"] else None
         expert = self._overlay.shelf.find(model_id, publisher)
         if expert is None:
-            expert = await Acquisition(self._overlay, attempt).acquire(
-                model_id, purpose=Purpose.MIRROR, plan=None, into=self._overlay.shelf, publisher=publisher
+            (expert,) = await Acquisition(self._overlay, attempt).acquire(
+                [model_id], purpose=Purpose.MIRROR, plan=None, into=self._overlay.shelf, publisher=publisher
             )
             await self._gossip.announce()
         return {"model_id": expert.model_id, "directory": str(expert.directory)}
@@ -47,7 +47,7 @@ class AuditWork:
             return await self._auditing.audit(attempt, Path(subject))
         expert = self._overlay.held(ModelId(subject))
         if expert is None:
-            expert = await Acquisition(self._overlay, attempt).acquire(
-                ModelId(subject), purpose=Purpose.MIRROR, plan=None, into=self._overlay.private
+            (expert,) = await Acquisition(self._overlay, attempt).acquire(
+                [ModelId(subject)], purpose=Purpose.MIRROR, plan=None, into=self._overlay.private
             )
         return await self._auditing.audit(attempt, expert.directory)
