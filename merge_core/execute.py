@@ -363,5 +363,5 @@ def _check_sources(plan: MergePlan, sources: Sequence[TensorSource], tensors: Se
                 continue
             raise CorruptCheckpoint(
                 f"input {index} of the plan ({plan.inputs[index]}) {what} {tensor.name}",
-                hint="weft merge RECIPE --dry-run",
+                hint="weft plan RECIPE",
             )

@@ -31,7 +31,9 @@ def output_files(plan: MergePlan, donor_files: Mapping[str, bytes]) -> dict[str,
     Raises CorruptCheckpoint where the donor has no config, or one that is not what it should be.
     """
     if "config.json" not in donor_files:
-        raise CorruptCheckpoint("the donor has no config.json", hint="export the checkpoint again")
+        raise CorruptCheckpoint(
+            "the donor has no config.json", hint="export the checkpoint again, then: weft add DIR"
+        )
     files = {}
     for name in sorted(set(donor_files).intersection(FUNCTIONAL_FILES)):
         data = donor_files[name]
@@ -77,7 +79,9 @@ def _object(name: str, data: bytes) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{name}: {error}", hint="export the checkpoint again") from error
+        raise CorruptCheckpoint(
+            f"{name}: {error}", hint="export the checkpoint again, then: weft add DIR"
+        ) from error
     return value
 
 

@@ -240,7 +240,7 @@ def draft(recipe: Recipe, headers: Mapping[str, ModelHeader]) -> Draft:
         raise Unmergeable(
             resolved.problems[0] + (f" (and {more} more)" if more else ""),
             problems=resolved.problems,
-            hint="choose models of one architecture, or correct the recipe",
+            hint="choose models of one architecture, then: weft plan RECIPE",
         )
     models = recipe.models
     return Draft(

@@ -157,7 +157,9 @@ def rename(recipe: Recipe, mapping: Mapping[str, str]) -> Recipe:
     base = None if recipe.base is None else mapping.get(recipe.base, recipe.base)
     renamed = tuple(replace(i, model=mapping.get(i.model, i.model)) for i in recipe.inputs)
     if len({i.model for i in renamed}) < len(renamed):
-        raise InvalidRecipe("two references name the same model", hint="list each model once")
+        raise InvalidRecipe(
+            "two references name the same model", hint="list each model once, then: weft plan RECIPE"
+        )
     tokenizer = None if recipe.tokenizer is None else mapping.get(recipe.tokenizer, recipe.tokenizer)
     return replace(recipe, base=base, inputs=renamed, tokenizer=tokenizer)
 
@@ -174,9 +176,7 @@ def parse(text: str) -> Recipe:
     faults = _Faults()
     recipe = _Reader(faults).recipe(value)
     if faults.found or recipe is None:
-        raise InvalidRecipe(
-            "\n".join(faults.found), hint="correct the recipe and run: weft merge RECIPE --dry-run"
-        )
+        raise InvalidRecipe("\n".join(faults.found), hint="correct the recipe and run: weft plan RECIPE")
     return recipe
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from node.errors import LocalError, UsageError
+from node.errors import LocalError, UsageError, VerificationFailed
 from node.home import Home
 from node.identity import keyring
 from node.identity.keyring import Identity
@@ -134,8 +135,11 @@ def stop(home: Home) -> None:
     from node.control.client import ControlClient
 
     pid = running.require(home).pid
-    with ControlClient.connect(home) as node:
-        node.shutdown()
+    try:
+        with ControlClient.connect(home) as node:
+            node.shutdown()
+    except VerificationFailed:  # the token file was changed: a signal asks as gracefully
+        os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
     while not running.ended(home):
         if time.monotonic() > deadline:

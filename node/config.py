@@ -70,14 +70,18 @@ def _from_file(path: Path) -> dict[str, Any]:
     try:
         found = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise LocalError(f"{path} cannot be read: {error}", hint=f"edit or remove {path}") from error
+        raise LocalError(f"{path} cannot be read: {error}", hint=f"edit it, or: rm {path}") from error
     kinds = {field.name: type(getattr(Config(), field.name)) for field in fields(Config)}
     for key, value in found.items():
         wanted = list if kinds.get(key) is tuple else kinds.get(key)
         if wanted is None:
-            raise LocalError(f"{path}: unknown setting {key!r}", hint=f"known: {', '.join(kinds)}")
-        if not isinstance(value, wanted):
-            raise LocalError(f"{path}: {key} must be a {wanted.__name__}", hint=f"edit {path}")
+            raise LocalError(
+                f"{path}: unknown setting {key!r}; known: {', '.join(kinds)}", hint="weft up --help"
+            )
+        texts = value if isinstance(value, list) else [value]
+        if not isinstance(value, wanted) or not all(isinstance(text, str) for text in texts):
+            wanted_name = "list of strings" if wanted is list else "string"
+            raise LocalError(f"{path}: {key} must be a {wanted_name}", hint=f"edit it, or: rm {path}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
 
 

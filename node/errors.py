@@ -27,6 +27,9 @@ from merge_core.errors import (
 )
 from node.domain.reasons import Reason
 
+_PASSING = (Reason.BUSY, Reason.QUOTA_EXCEEDED, Reason.EXPIRED, Reason.NOT_ENTITLED)
+"""Refusals that the same peer may not repeat later."""
+
 
 class WeftError(Exception):
     """Base of everything that a node raises on purpose."""
@@ -47,6 +50,8 @@ class Refused(WeftError):
     """The peer declined; `reason` says why in a way that programs understand."""
 
     def __init__(self, reason: Reason, detail: str = "", *, hint: str = "") -> None:
+        if not hint and reason not in _PASSING:
+            hint = "weft search"
         super().__init__(f"{reason.sentence}{f' ({detail})' if detail else ''}", hint=hint)
         self.reason = reason
         self.detail = detail

@@ -104,9 +104,9 @@ class Store:
                 self._db.close()
                 raise
         except sqlite3.Error as error:
-            raise LocalError(
-                f"{path} cannot be opened: {error}", hint=f"move {path} away; experts and identity stay"
-            ) from error
+            away = f"mv {path} {path}.damaged; experts and identity stay"
+            hint = away if path.exists() else f"ls -ld {path.parent}"
+            raise LocalError(f"{path} cannot be opened: {error}", hint=hint) from error
 
     def _prepare(self, migrations: Sequence[str]) -> None:
         self._db.row_factory = sqlite3.Row

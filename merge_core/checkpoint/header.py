@@ -30,7 +30,7 @@ PREFIX = 8
 METADATA = "__metadata__"
 
 _MAX_INTEGER = 2**53 - 1
-_HINT = "fetch or export the checkpoint again"
+_HINT = "fetch or export the checkpoint again, then: weft add DIR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

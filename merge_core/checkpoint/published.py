@@ -129,11 +129,14 @@ def check_names(names: Iterable[str]) -> None:
     for name in sorted(names):
         problem = name_problem(name)
         if problem:
-            raise CorruptCheckpoint(f"the file name {name[:80]!r} is refused: {problem}", hint="rename it")
+            raise CorruptCheckpoint(
+                f"the file name {name[:80]!r} is refused: {problem}", hint="rename it, then: weft add DIR"
+            )
         folded = unicodedata.normalize("NFC", name.casefold())
         if folded in seen:
             raise CorruptCheckpoint(
-                f"{seen[folded]} and {name} differ only in upper and lower case", hint="rename one of them"
+                f"{seen[folded]} and {name} differ only in upper and lower case",
+                hint="rename one of them, then: weft add DIR",
             )
         seen[folded] = name
 
@@ -154,7 +157,7 @@ def parse_index(data: bytes) -> dict[str, str]:
             raise ValueError(f"more than {MAX_WEIGHT_FILES} weight files")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptCheckpoint(
-            f"{INDEX} cannot be read: {error}", hint="export the checkpoint again"
+            f"{INDEX} cannot be read: {error}", hint="export the checkpoint again, then: weft add DIR"
         ) from error
     return weight_map
 
@@ -205,7 +208,7 @@ def _weights(directory: Path, present: frozenset[str]) -> tuple[str, ...]:
         raise CorruptCheckpoint(
             f"{directory} lacks the weight file {missing[0]}"
             + (f" and {len(missing) - 1} more" * (len(missing) > 1)),
-            hint="fetch the checkpoint again, or save it again with save_pretrained",
+            hint="fetch it again, or save it again with save_pretrained, then: weft add DIR",
         )
     return tuple(sorted(used))
 
@@ -215,10 +218,11 @@ def _no_weights(directory: Path, present: frozenset[str]) -> CorruptCheckpoint:
     if pickles:
         return CorruptCheckpoint(
             f"{directory} has only pickled weights ({pickles[0]}), which run code when they are opened",
-            hint="convert it to safetensors in a sandbox: save_pretrained(safe_serialization=True)",
+            hint="convert it to safetensors in a sandbox (save_pretrained), then: weft add DIR",
         )
     return CorruptCheckpoint(
-        f"{directory} holds no safetensors weights", hint="name a directory that save_pretrained wrote"
+        f"{directory} holds no safetensors weights",
+        hint=f"ls {directory}; then name one that save_pretrained wrote",
     )
 
 

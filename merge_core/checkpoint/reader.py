@@ -41,7 +41,7 @@ from merge_core.errors import CorruptCheckpoint
 
 MAX_CONFIG = 4 << 20
 _BATCH_LEAVES = 16
-_HINT = "fetch or export the checkpoint again"
+_HINT = "fetch or export the checkpoint again, then: weft add DIR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,8 @@ class Checkpoint:
     def _read_config(self) -> None:
         if "config.json" not in self.survey.functional:
             raise CorruptCheckpoint(
-                f"{self.path} has no config.json", hint="name a directory that save_pretrained wrote"
+                f"{self.path} has no config.json",
+                hint=f"ls {self.path}; then name one that save_pretrained wrote",
             )
         self.config = parse_config(published.read_bounded(self.path / "config.json", MAX_CONFIG))
         self.architecture = architecture_of(self.config)
@@ -333,7 +334,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     name = listed[0] if isinstance(listed, list) and listed else config.get("model_type")
     if not isinstance(name, str) or not 0 < len(name) <= 128 or not name.isprintable():
         raise CorruptCheckpoint(
-            "config.json names no architecture", hint="add `architectures` to config.json"
+            "config.json names no architecture", hint="add `architectures` to config.json, then: weft add DIR"
         )
     return name
 

@@ -227,7 +227,7 @@ def partial_path(target: Path) -> Path:
 
 def _refuse_occupied(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CannotWrite(f"{target} exists and is not empty", hint="name another output, or remove it first")
+        raise CannotWrite(f"{target} exists and is not empty", hint=f"weft merge RECIPE -o {target}-2")
 
 
 def _lock(path: Path) -> int:
@@ -305,7 +305,7 @@ def _explained(target: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise CannotWrite(
-                f"{target} exists and is not empty", hint="name another output, or remove it first"
+                f"{target} exists and is not empty", hint=f"weft merge RECIPE -o {target}-2"
             ) from error
         why = f"{target} cannot be written: {error.strerror}"
         raise CannotWrite(why, hint=f"ls -ld {target.parent}") from error

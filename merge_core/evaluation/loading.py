@@ -53,7 +53,7 @@ def load_model(directory: Path) -> LlamaForCausalLM:
 
 
 def _filled(directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    hint = "fetch or export the checkpoint again"
+    hint = "fetch or export the checkpoint again, then: weft add DIR"
     try:
         # The constructor draws initial weights; the process's own random stream must not notice.
         with torch.random.fork_rng(devices=[]):

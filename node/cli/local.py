@@ -16,7 +16,7 @@ from node.cli.output import out, table
 if TYPE_CHECKING:
     from node.provenance.verify import Report
 
-identity_verbs = typer.Typer(no_args_is_help=True, help="Show, back up or restore who this node is.")
+identity_verbs = typer.Typer(help="Show, back up or restore who this node is.")
 
 
 def register(app: typer.Typer) -> None:

@@ -17,6 +17,15 @@ from node.cli.output import out
 
 EXIT_INTERRUPTED = 130
 
+# What to run next after an error that does not know better, by exit code.
+_NEXT = {
+    2: "weft --help",
+    3: "weft up -d",
+    4: "weft peers",
+    5: "weft verify DIR",
+    6: "weft plan RECIPE",
+}
+
 # typer carries its own copy of click and shows of its errors only this one; its bases are UsageError and
 # ClickException, the two that a command line can end in.
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
@@ -62,12 +71,15 @@ def run(arguments: list[str]) -> int:
     words, rest = _split(arguments)
     out.as_json = "--json" in words
     words = [word for word in words if word != "--json"]
+    if out.as_json and not words + rest:
+        return _fail("no verb is given", "weft --help", 2, "usage")
     try:
         code = app(words + rest, prog_name="weft", standalone_mode=False)
     except typer.Exit as stop:
         return stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted", "", EXIT_INTERRUPTED, "interrupted")
+        hint = "weft merge RECIPE -o DIR --resume" if "merge" in words else "weft jobs ls"
+        return _fail("interrupted", hint, EXIT_INTERRUPTED, "interrupted")
     except Exception as error:
         return _explain(error)
     return code if isinstance(code, int) else 0
@@ -82,17 +94,24 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _explain(error: Exception) -> int:
     """Print an error that was raised on purpose; anything else is a defect and keeps its traceback."""
     from merge_core.errors import MergeCoreError
-    from node.errors import WeftError, exit_code_of
+    from node.errors import LocalError, WeftError, exit_code_of
 
     if isinstance(error, _ClickException):
         context = getattr(error, "ctx", None)
         command = context.command_path if isinstance(error, _UsageError) and context else "weft"
         why: str = getattr(error, "format_message", lambda: str(error))()
         return _fail(why, f"{command} --help", 2, "usage") if why else 2  # no words at all: help was shown
+    if isinstance(error, BrokenPipeError):  # as in: weft search | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, OSError) and error.filename:
+        error = LocalError(f"{error.filename}: {error.strerror}", hint=f"ls -ld {error.filename}")
     if not isinstance(error, WeftError | MergeCoreError):
         raise error
-    problems = tuple(getattr(error, "problems", ()))
-    return _fail(error.why, error.hint, exit_code_of(error), type(error).__name__, problems)
+    code, kind = exit_code_of(error), str(getattr(error, "kind", type(error).__name__))
+    why, *more = error.why.splitlines() or [kind]
+    problems = (*more, *getattr(error, "problems", ()))
+    return _fail(why, error.hint or _NEXT.get(code, "weft doctor"), code, kind, problems)
 
 
 def _fail(why: str, hint: str, code: int, kind: str, problems: tuple[str, ...] = ()) -> int:

@@ -12,7 +12,7 @@ from node.cli import follow, render
 from node.cli.output import out
 
 MERGING = "Merging"
-jobs_verbs = typer.Typer(no_args_is_help=True, help="List, watch, cancel or resume long-running work.")
+jobs_verbs = typer.Typer(help="List, watch, cancel or resume long-running work.")
 
 
 def register(app: typer.Typer) -> None:
@@ -154,6 +154,8 @@ def merge(
         return
     home, wanted = Home.default(), app.read_recipe(recipe)
     if app.needs_no_node(wanted):
+        if publish:
+            app.identity(home)  # without one nothing can be shared: say so before the work
         with render.live(out) as show:
             data = app.merge_here(
                 home, wanted, directory, resume=resume, on_view=lambda view: show(render.view_data(view))

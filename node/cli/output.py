@@ -29,8 +29,10 @@ class Output:
     def __init__(self) -> None:
         self.as_json = False
         # A pipe or a log file has no right edge at which a model id would have to be broken.
-        self.data_console = Console(highlight=False, soft_wrap=True, width=_width(sys.stdout))
-        self.story_console = Console(stderr=True, highlight=False, soft_wrap=True, width=_width(sys.stderr))
+        self.data_console = Console(highlight=False, emoji=False, soft_wrap=True, width=_width(sys.stdout))
+        self.story_console = Console(
+            stderr=True, highlight=False, emoji=False, soft_wrap=True, width=_width(sys.stderr)
+        )
 
     def result(self, data: Any, show: Callable[[Console], None]) -> None:
         """Print the verb's one result: `data` as the envelope, or what `show` draws."""

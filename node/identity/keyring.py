@@ -115,7 +115,9 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise LocalError(f"no identity: {path} is missing", hint="weft init") from error
     except OSError as error:
-        raise LocalError(f"cannot read {path}: {error.strerror}", hint="weft doctor") from error
+        raise LocalError(
+            f"cannot read {path}: {error.strerror}", hint=f"ls -ld {path.parent.parent}"
+        ) from error
 
 
 def _store(folder: Path, files: dict[str, bytes]) -> None:

@@ -93,7 +93,7 @@ class Merging:
         if attempt.reached("plan") not in (None, planned.plan.digest):
             raise LocalError(
                 "the models of this recipe have changed since the merge began",
-                hint=f"remove {work_folder(target)} and merge again",
+                hint=f"rm -r {work_folder(target)}; then merge again",
             )
         attempt.reach("plan", planned.plan.digest)
         if not _is_there(target, planned.plan):
@@ -236,6 +236,6 @@ def _refuse_repeats(parents: Sequence[Parent]) -> None:
         if parent.model_id in seen:
             raise Unmergeable(
                 f"{seen[parent.model_id]} and {parent.reference} are the same model",
-                hint="list each model once",
+                hint="list each model once, then: weft plan RECIPE",
             )
         seen[parent.model_id] = parent.reference

@@ -54,7 +54,7 @@ def load(path: Path) -> Policy:
     except FileNotFoundError:
         return default()
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LocalError(f"{path} cannot be read: {error}", hint=f"edit or remove {path}") from error
+        raise LocalError(f"{path} cannot be read: {error}", hint=f"edit it, or: rm {path}") from error
     merged = _shipped()
     for section, values in found.items():
         if section not in merged or not isinstance(values, dict):
@@ -81,7 +81,7 @@ def _policy(value: Mapping[str, Mapping[str, Any]], where: Path | str) -> Policy
         for peer in peers - {ANYBODY}:
             PeerId(peer)
     except ValueError as error:
-        raise LocalError(f"{where}: {error}", hint=f"edit {where}") from error
+        raise LocalError(f"{where}: {error}", hint=f"edit it, or: rm {where}") from error
     return Policy(
         allow=_names(where, who, "who.allow"),
         deny=_names(where, who, "who.deny"),
@@ -108,4 +108,4 @@ def _count(where: Path | str, section: Mapping[str, Any], key: str) -> int:
 
 
 def _wrong(where: Path | str, key: str, expected: str) -> LocalError:
-    return LocalError(f"{where}: {key}: expected {expected}", hint=f"edit {where}")
+    return LocalError(f"{where}: {key}: expected {expected}", hint=f"edit it, or: rm {where}")

@@ -88,5 +88,5 @@ def _of_system(error: OSError) -> WeftError:
     where = f" ({error.filename})" if error.filename else ""
     why = f"{error.strerror or error}{where}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return LimitReached(why, hint="free some disk space, then run the same command again")
+        return LimitReached(why, hint="free some disk space (df -h), then run the same command again")
     return LocalError(why, hint="weft doctor")
