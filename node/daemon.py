@@ -74,22 +74,32 @@ async def serve(home: Home, settings: Config, *, on_up: Callable[[], None], cloc
         loop.add_signal_handler(number, stop.set)
     identity = keyring.load(home.identity)
     with running.alone(home):
-        async with _node(home, settings, identity, stop.set, clock):
+        network = _network(settings, identity)
+        async with running_node(home, settings, identity, network, stop=stop.set, clock=clock):
             on_up()
             await stop.wait()
             log.info("stopping")
 
 
 @asynccontextmanager
-async def _node(
-    home: Home, settings: Config, identity: Identity, stop: Callable[[], None], clock: Clock
-) -> AsyncIterator[None]:
+async def running_node(
+    home: Home,
+    settings: Config,
+    identity: Identity,
+    network: Network,
+    *,
+    stop: Callable[[], None],
+    clock: Clock,
+) -> AsyncIterator[server.Services]:
+    """A node that is up for as long as the context lasts; `stop` is called when it is asked to end.
+
+    Raises LocalError when a port is in use.
+    """
     async with AsyncExitStack() as stack:
         store = stack.enter_context(closing(Store(home.database)))
         shelf = Shelf(home.experts, hashes=HashCache(home.cache / "hashes"))
         book = AdvertBook(store, network=settings.network, me=identity.peer_id)
         policy = policies.load(home.policy)
-        network = _network(settings, identity)
         negotiation, provider = _negotiation(store, settings, identity, network, shelf, book, policy, clock)
         port, exchange, certificate = await _peer_plane(
             stack, settings, identity, network, shelf, provider, clock
@@ -135,7 +145,7 @@ async def _node(
         await gossip.announce()
         resumed = jobs.resume_unfinished()
         log.info("up: %s, %d experts, %d jobs resumed", identity.peer_id, len(shelf.experts()), resumed)
-        yield
+        yield services
 
 
 async def _open_control(stack: AsyncExitStack, home: Home, services: server.Services) -> None:
