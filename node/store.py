@@ -165,7 +165,8 @@ class Store:
     def remove(self) -> None:
         """Close and delete the file with everything SQLite keeps beside it."""
         self.close()
-        for suffix in ("", "-wal", "-shm", "-lock"):
+        # The file itself goes last: as long as something lies beside it, it tells what that belongs to.
+        for suffix in ("-wal", "-shm", "-lock", ""):
             with suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).unlink()
 

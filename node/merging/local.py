@@ -12,7 +12,7 @@ from typing import Any
 from merge_core.errors import MergeCoreError
 from merge_core.recipe import Recipe
 from node.domain.job import Created, Job, JobKind, JobState, Resumed
-from node.errors import LocalError
+from node.errors import LocalError, WeftError
 from node.jobs.journal import Journal
 from node.jobs.runner import JobView, perform
 from node.merging.audit import Auditing
@@ -37,7 +37,8 @@ async def merge(
 ) -> dict[str, Any]:
     """Merge into `target` and return the job's result; what was left by a killed run needs `resume`.
 
-    Ctrl-C and kill -9 leave what a resume needs, hidden beside the target; an error leaves nothing.
+    Ctrl-C and kill -9 leave what a resume needs, hidden beside the target; so does a worker that was killed.
+    Any other error leaves nothing. Resuming what is finished gives its result again.
     """
     path = journal_path(target)
     _check_place(target, resume=resume)
@@ -48,6 +49,10 @@ async def merge(
         except MergeCoreError:
             discard(target)
             journal.remove()
+            raise
+        except WeftError:
+            if not leftovers(target):
+                journal.remove()
             raise
         journal.remove()
     result: dict[str, Any] = ended.result
@@ -87,22 +92,24 @@ def _check_place(target: Path, *, resume: bool) -> None:
         raise LocalError(
             f"an interrupted merge into {target} lies here", hint=f"weft merge RECIPE -o {target} --resume"
         )
-    if target.exists() and not unfinished:
+    if target.exists() and not (unfinished or resume):
         raise LocalError(f"{target} exists", hint=f"weft merge RECIPE -o {target}-2")
 
 
 def _begin(journal: Journal, recipe: Recipe, target: Path, now: float) -> Job:
     """The job that a killed run left, taken up, or a new one."""
     request = {"recipe": recipe.to_yaml(), "directory": str(target)}
+    created = Created(kind=JobKind.MERGE, title=f"{recipe.method} into {target.name}", request=request)
     left = journal.jobs()
     if not left:
-        created = Created(kind=JobKind.MERGE, title=f"{recipe.method} into {target.name}", request=request)
         return journal.create(_JOB, created, now)
     if dict(left[0].request) != request:
+        remains = [*map(str, leftovers(target)), f"{journal_path(target)}*"]
         raise LocalError(
             f"the interrupted merge into {target} was another one",
-            hint=f"weft merge with the first recipe, or rm -r {' '.join(map(str, leftovers(target)))}",
+            hint=f"weft merge with the first recipe, or rm -r {' '.join(remains)}",
         )
     if left[0].state is JobState.SUCCEEDED:
-        return left[0]
-    return journal.append(_JOB, Resumed(), now)
+        # Killed before the journal was removed: a job that finds the result there, or makes it again.
+        return journal.create(f"{_JOB}-{len(left)}", created, now)
+    return journal.append(left[0].id, Resumed(), now)

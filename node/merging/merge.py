@@ -40,6 +40,7 @@ from node.merging import card
 from node.merging.known import KnownPlaces
 from node.merging.parents import Obtained, OnDisk, Parent, ParentSource
 from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, Merge, Terms, attest, record
+from node.provenance.oms import SIGNATURE_FILE
 from node.worker import process
 
 Publish = Callable[[Path, str, str], Awaitable[None]]
@@ -91,9 +92,9 @@ class Merging:
         target = Path(attempt.request["directory"])
         planned = await self.plan(recipes.parse(attempt.request["recipe"]), attempt)
         if attempt.reached("plan") not in (None, planned.plan.digest):
-            raise LocalError(
+            raise Unmergeable(
                 "the models of this recipe have changed since the merge began",
-                hint=f"rm -r {work_folder(target)}; then merge again",
+                hint=f"weft merge RECIPE -o {target}",
             )
         attempt.reach("plan", planned.plan.digest)
         if not _is_there(target, planned.plan):
@@ -108,7 +109,7 @@ class Merging:
         return {
             "model_id": manifest.model_id,
             "directory": str(target),
-            "signed": self._identity is not None,
+            "signed": (target / SIGNATURE_FILE).is_file(),
         }
 
     def _remember(self, planned: Planned, model_id: ModelId, target: Path) -> None:
