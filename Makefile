@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange clean
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup clean
 
 setup: $(READY)
 
@@ -35,6 +35,12 @@ bench-demo: setup
 
 bench-exchange: setup
 	@$(BIN)/python tests/bench/exchange.py
+
+bench-kill: setup
+	@$(BIN)/python tests/bench/kill.py
+
+bench-startup: setup
+	@$(BIN)/python tests/bench/startup.py
 
 clean:
 	rm -rf .venv .cache dist build
