@@ -154,7 +154,7 @@ def similarity(a: Fingerprint, b: Fingerprint, *, base: Fingerprint | None = Non
     """
     shapes = {(f.width, tuple((g.key, g.elements) for g in f.groups)) for f in (a, b, base or a)}
     if len(shapes) > 1:
-        raise Unmergeable("the fingerprints are of models of different shapes", hint="weft check A B")
+        raise Unmergeable("the fingerprints are of models of different shapes", hint="weft search")
     one, other = _matrix(a), _matrix(b)
     if base is not None:
         one, other = one - _matrix(base), other - _matrix(base)
