@@ -11,5 +11,5 @@ upkeep      pings that notice silent peers, and the loop that reconnects with ba
 listening   wildcards made concrete, ports that are taken
 switchboard handlers, topics and listeners: what both implementations share
 memory      networks inside one process, with loss and partitions, for tests
-libp2p      the real one: TCP, Noise, yamux, GossipSub, in a thread of its own
+libp2p      the real one: TCP, Noise, yamux, GossipSub, in a thread of its own; a package with its own tour
 """

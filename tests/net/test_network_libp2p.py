@@ -33,7 +33,8 @@ from node.errors import LocalError, PeerError, Unreachable
 from node.identity.keys import HostKey
 from node.network.base import MAX_MESSAGE, Change, Direction, PeerEvent, Verdict, parse_address
 from node.network.flow import Limits
-from node.network.libp2p import STREAMS_PER_PEER, Libp2pNetwork
+from node.network.libp2p import Libp2pNetwork
+from node.network.libp2p.host import STREAMS_PER_PEER
 from node.network.listening import concrete
 
 pytestmark = pytest.mark.anyio
@@ -280,7 +281,7 @@ async def test_only_what_its_author_signed_is_judged(network: Libp2pNetwork) -> 
 
 
 async def test_an_inbound_slot_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("node.network.libp2p.HANDSHAKES", 0)
+    monkeypatch.setattr("node.network.libp2p.host.HANDSHAKES", 0)
     limits = Limits(connections=2)
     async with Libp2pNetwork(HostKey.generate().private_bytes, LOOPBACK, limits=limits) as network:
         network.handle(ECHO, echo)
