@@ -5,6 +5,7 @@ admitted      whose certificates are accepted now
 credentials   how two nodes hand each other their certificates, over the authenticated libp2p stream
 status        node.errors as google.rpc.Status, and back
 transport     the options that both ends use
+memory        how the allocator is tuned for pieces of 1 MiB
 server        the Peer service
 client        one peer's Peer service, from the other side: a Holder for node.exchange
 """

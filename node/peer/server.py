@@ -29,6 +29,7 @@ from node.domain.reasons import Reason
 from node.errors import LocalError, Refused
 from node.identity.certificates import TlsCertificate
 from node.peer.admitted import Admitted
+from node.peer.memory import keep_freed_pieces
 from node.peer.ports import Entitlements, HeldModel, Shelf
 from node.peer.status import abort
 from node.peer.transport import OPTIONS, SERVICE
@@ -37,7 +38,7 @@ from node.wire.v1 import peer_pb2 as pb
 
 FREE_FILES = frozenset({"config.json"})
 """Files that planning needs, before there can be an agreement."""
-MAX_CALLS = 256
+MAX_CALLS = 128
 WRITE_DEADLINE = 60.0
 """Seconds that a caller may take to accept one piece of 1 MiB."""
 
@@ -114,6 +115,7 @@ class PeerServer:
                 f"cannot listen for peers on {address}: the port is in use or not ours",
                 hint="set another one: weft up --peer-api HOST:PORT",
             ) from error
+        keep_freed_pieces()
         await server.start()
         self._server = server
         return port

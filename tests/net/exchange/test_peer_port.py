@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import platform
 import ssl
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from node.peer import credentials
 from node.peer.admitted import Admitted
 from node.peer.client import Endpoint, PeerClient, target
 from node.peer.credentials import CredentialExchange
+from node.peer.memory import keep_freed_pieces
 
 pytestmark = pytest.mark.anyio
 UNKNOWN = ModelRef(model_id=ModelId("sha256:" + "9" * 64), publisher=None)
@@ -231,6 +233,10 @@ def test_the_admitted_set_stays_small() -> None:
     admitted.admit(hosts[0].peer_id, pems[4])
     assert admitted.peer_of(pems[0]) is None, "one certificate for each peer"
     assert len(admitted.certificates()) == 3
+
+
+def test_the_allocator_can_be_told_to_keep_pieces() -> None:
+    assert keep_freed_pieces() == (platform.libc_ver()[0] == "glibc")
 
 
 class Line:
