@@ -1,6 +1,6 @@
 """Fingerprints by digest over the network: similarity before any agreement, without the peer's gRPC port.
 
-An advert names the digest, so whoever answers is as good as any. A fingerprint fits into one message.
+An advert names the digest, so whoever answers is as good as any. A signed fingerprint fits into one message.
 """
 
 from __future__ import annotations
@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from merge_core.digest import Digest, sha256
-from merge_core.errors import CorruptCheckpoint
-from merge_core.simmerge.fingerprint import MAX_FINGERPRINT, Fingerprint
 from node.catalog.expert import FINGERPRINT, Expert
 from node.catalog.shelf import Shelf
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
-from node.errors import PeerError, Refused
+from node.errors import PeerError, Refused, VerificationFailed
 from node.network.base import Network
+from node.provenance.sketch import MAX_SIGNED, SignedFingerprint
 
 PROTOCOL = "/weft/fingerprint/1"
 DEADLINE = 15.0
@@ -33,7 +32,7 @@ class Fingerprints:
         """Begin to answer."""
         self._network.handle(PROTOCOL, self._answer)
 
-    async def fetch(self, peer: PeerId, digest: Digest, *, deadline: float = DEADLINE) -> Fingerprint:
+    async def fetch(self, peer: PeerId, digest: Digest, *, deadline: float = DEADLINE) -> SignedFingerprint:
         """Ask a connected peer for the fingerprint that an advert names.
 
         Raises PeerError when its answer is another one or none at all, Refused when it holds none such.
@@ -42,8 +41,8 @@ class Fingerprints:
         if sha256(data) != digest:
             raise PeerError(f"peer {peer.short} sent another fingerprint than was asked for")
         try:
-            return Fingerprint.parse(data)
-        except CorruptCheckpoint as error:
+            return SignedFingerprint.parse(data)
+        except VerificationFailed as error:
             raise PeerError(f"peer {peer.short} advertises something that is {error.why}") from error
 
     async def _answer(self, peer: PeerId, payload: bytes) -> bytes:
@@ -55,7 +54,7 @@ class Fingerprints:
         if expert is None:
             raise Refused(Reason.UNKNOWN_MODEL)
         with (expert.folder / FINGERPRINT).open("rb") as file:
-            return file.read(MAX_FINGERPRINT)
+            return file.read(MAX_SIGNED)
 
 
 def _with(experts: Iterable[Expert], digest: Digest) -> Expert | None:

@@ -53,9 +53,9 @@ from node.errors import LimitReached, LocalError, Refused, VerificationFailed
 from node.identity.binding import MAX_BINDING, PUBLISHER_FILE, Binding
 from node.identity.keyring import Identity
 from node.provenance import oms
+from node.provenance.sketch import sign
 
 SIGNATURE = "model.sig"
-MAX_FINGERPRINT = 4 << 20
 _HIDDEN = (".partial-", ".removed-")
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class Shelf:
             expert = self._describe(
                 stage,
                 measured,
-                fingerprint=_fingerprint(stage, measured, sketch),
+                fingerprint=_fingerprint(stage, measured, sketch, identity),
                 publisher=Digest(binding.publisher.key_id),
                 name=display_name(name or _name_of(source)),
                 licence=licence,
@@ -458,9 +458,10 @@ def _verified(model: Path, manifest: Manifest) -> Binding:
     return binding
 
 
-def _fingerprint(stage: Path, measured: Measured, sketch: Sketch) -> bytes:
+def _fingerprint(stage: Path, measured: Measured, sketch: Sketch, identity: Identity) -> bytes:
+    """Compute and sign the fingerprint of what the stage holds."""
     _write(stage / LEAVES, measured.leaves.to_bytes())
-    data = sketch(
+    computed = sketch(
         Measurable(
             model_id=measured.manifest.model_id,
             directory=stage / MODEL,
@@ -468,8 +469,7 @@ def _fingerprint(stage: Path, measured: Measured, sketch: Sketch) -> bytes:
             leaves=stage / LEAVES,
         )
     )
-    if len(data) > MAX_FINGERPRINT:
-        raise LocalError(f"a fingerprint of {len(data)} bytes; at most {MAX_FINGERPRINT} are kept")
+    data = sign(computed, identity)
     _write(stage / FINGERPRINT, data)
     return data
 

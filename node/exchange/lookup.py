@@ -19,11 +19,11 @@ from node.domain.holding import ModelRef
 from node.domain.ids import PeerId
 from node.errors import NotEnoughPeers, PeerError, Refused, Unreachable, VerificationFailed, WeftError
 from node.exchange.holder import Holder
+from node.provenance.sketch import MAX_SIGNED, SignedFingerprint
 
 PIECE_DEADLINE = 15.0
 """Seconds to wait for the next piece of something small."""
 MAX_CONFIG = 1 << 20
-MAX_FINGERPRINT = 4 << 20
 
 T = TypeVar("T")
 
@@ -78,9 +78,11 @@ async def read_fingerprint(holders: Sequence[Holder], ref: ModelRef, digest: Dig
     """Ask holders in turn for the fingerprint that an advert names; raises as `read_manifest` does."""
 
     async def ask(holder: Holder) -> bytes:
-        data = await collect(holder.fingerprint(ref), MAX_FINGERPRINT)
+        data = await collect(holder.fingerprint(ref), MAX_SIGNED)
         if sha256(data) != digest:
             raise PeerError(f"peer {holder.peer.short} sent another fingerprint than its advert names")
+        if SignedFingerprint.parse(data).fingerprint.model_id != ref.model_id:
+            raise PeerError(f"peer {holder.peer.short} advertises another model's fingerprint")
         return data
 
     return await first(holders, ask, f"the fingerprint of {ref.model_id}")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
-from merge_core.digest import sha256
+from merge_core.digest import canonical, sha256
 from merge_core.simmerge.fingerprint import compute, similarity
 from node.catalog.fingerprints import Fingerprints
 from node.catalog.shelf import Measurable, Shelf
 from node.domain.reasons import Reason
-from node.errors import PeerError, Refused
+from node.errors import PeerError, Refused, VerificationFailed
 from node.identity import keyring
 from node.network.memory import Fabric, MemoryNetwork
+from node.provenance.sketch import MAX_SIGNED, SignedFingerprint
 
 NOW = 1_760_000_000.0
 
@@ -43,8 +45,9 @@ def test_a_fingerprint_is_fetched_by_its_digest(model_dir: Path, tmp_path: Path)
             asking = Fingerprints(ours, Shelf(tmp_path / "bob" / "experts"))
             await ours.connect(theirs.addresses()[0])
             found = await asking.fetch(alice.peer_id, expert.fingerprint)
-            assert found.model_id == expert.model_id and found.digest == expert.fingerprint
-            assert similarity(found, found).overall.cosine == pytest.approx(1.0)
+            assert found.fingerprint.model_id == expert.model_id
+            assert found.author.peer_id == alice.peer_id
+            assert similarity(found.fingerprint, found.fingerprint).overall.cosine == pytest.approx(1.0)
             with pytest.raises(Refused) as refused:
                 await asking.fetch(alice.peer_id, sha256(b"unknown"))
             assert refused.value.reason is Reason.UNKNOWN_MODEL
@@ -57,3 +60,24 @@ def test_a_fingerprint_is_fetched_by_its_digest(model_dir: Path, tmp_path: Path)
                 await asking.fetch(alice.peer_id, expert.fingerprint)
 
     asyncio.run(story())
+
+
+def test_a_fingerprint_is_believed_only_as_it_was_signed(model_dir: Path, tmp_path: Path) -> None:
+    alice = keyring.create(tmp_path / "alice" / "identity", NOW)
+    bob = keyring.create(tmp_path / "bob" / "identity", NOW)
+    expert = Shelf(tmp_path / "experts").add(model_dir, identity=alice, sketch=sketch, now=NOW).expert
+    data = (expert.folder / "fingerprint.json").read_bytes()
+    assert SignedFingerprint.parse(data).fingerprint.model_id == expert.model_id
+    value = json.loads(data)
+    claims = (
+        {**value, "fingerprint": {**value["fingerprint"], "modelId": sha256(b"another")}},
+        {**value, "publisher": json.loads(bob.binding.to_bytes())},
+        {**value, "signature": value["signature"][:-8] + "AAAAAAA="},
+        {**value, "version": 2},
+        {**value, "more": 1},
+    )
+    for claim in claims:
+        with pytest.raises(VerificationFailed):
+            SignedFingerprint.parse(canonical(claim))
+    with pytest.raises(VerificationFailed, match="at most"):
+        SignedFingerprint.parse(data + b" " * MAX_SIGNED)

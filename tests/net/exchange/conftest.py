@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from merge_core.checkpoint.manifest import LeafTable, Manifest
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import ModelId
+from merge_core.simmerge import compute
 from node.catalog.expert import Expert
-from node.catalog.shelf import Shelf
+from node.catalog.shelf import Measurable, Shelf
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import Refused
@@ -23,6 +26,13 @@ from node.peer.client import Endpoint, PeerClient
 from node.peer.server import PeerServer
 
 NOW = 1_800_000_000.0
+
+
+def sketch(measured: Measurable) -> bytes:
+    """The fingerprint as a worker computes it."""
+    leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
+    with Checkpoint.open(measured.directory) as checkpoint:
+        return compute(VerifiedSource(checkpoint, leaves), measured.model_id).to_bytes()
 
 
 @pytest.fixture
@@ -61,9 +71,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     root = tmp_path_factory.mktemp("publisher")
     identity = keyring.create(root / "identity", NOW)
     shelf = Shelf(root / "experts")
-    added = shelf.add(
-        write_model(root / "source"), identity=identity, sketch=lambda _: b'{"version":1}', now=NOW
-    )
+    added = shelf.add(write_model(root / "source"), identity=identity, sketch=sketch, now=NOW)
     return Published(shelf=shelf, expert=added.expert)
 
 

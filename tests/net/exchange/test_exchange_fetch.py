@@ -24,6 +24,7 @@ from node.exchange.partial import abandon, folder_of
 from node.exchange.schedule import Patience
 from node.peer.server import PeerServer, Piece
 from node.provenance import oms
+from node.provenance.sketch import SignedFingerprint
 
 pytestmark = pytest.mark.anyio
 BRISK = Patience(floor=0.3, initial=0.5, ceiling=1.0, rest=0.05)
@@ -408,7 +409,8 @@ async def test_manifest_config_and_fingerprint_can_be_had_without_an_agreement(
     assert await lookup.read_leaf_table([client], manifest) == published.shelf.open(expert.model_id).leaves
     assert (await lookup.read_config([client], manifest))["architectures"] == ["LlamaForCausalLM"]
     ref = ModelRef(model_id=expert.model_id, publisher=Digest(expert.publisher))
-    assert await lookup.read_fingerprint([client], ref, expert.fingerprint) == b'{"version":1}'
+    sketch = await lookup.read_fingerprint([client], ref, expert.fingerprint)
+    assert SignedFingerprint.parse(sketch).fingerprint.model_id == expert.model_id
     with pytest.raises(NotEnoughPeers, match="another fingerprint"):
         await lookup.read_fingerprint([client], ref, Digest("sha256:" + "1" * 64))
 
