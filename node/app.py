@@ -169,8 +169,8 @@ def _flags(settings: Config) -> list[str]:
     """The settings as flags of `weft up`."""
     flags = ["--network", settings.network, "--peer-api", settings.peer_api]
     flags += ["--control-api", settings.control_api]
-    for name, values in (("--listen", settings.listen), ("--bootstrap", settings.bootstrap)):
-        flags += [word for value in values for word in (name, value)]
+    for name in ("listen", "announce", "bootstrap"):
+        flags += [word for value in getattr(settings, name) for word in (f"--{name}", value)]
     return flags
 
 

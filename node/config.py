@@ -1,6 +1,7 @@
 """Settings: by flag, else `WEFT_*`, else `config.toml`, else the default, in that order.
 
-WEFT_NETWORK  WEFT_LISTEN  WEFT_PEER_API  WEFT_CONTROL_API  WEFT_BOOTSTRAP   (lists are comma-separated)
+WEFT_NETWORK  WEFT_LISTEN  WEFT_ANNOUNCE  WEFT_PEER_API  WEFT_CONTROL_API  WEFT_BOOTSTRAP
+(lists are comma-separated)
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ class Config:
     """What a node is told; a value that exists is valid (LocalError otherwise).
 
     `listen` are libp2p multiaddrs, `peer_api` and `control_api` are host:port (port 0: any free one).
+    `announce` is what others are told instead of `listen`, for a node behind a port mapping: multiaddrs too.
     """
 
     network: str = "weft"
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/9350",)
+    announce: tuple[str, ...] = ()
     peer_api: str = "0.0.0.0:9351"
     control_api: str = "127.0.0.1:0"
     bootstrap: tuple[str, ...] = ()
@@ -41,9 +44,12 @@ class Config:
                 raise _invalid(f"{name} {getattr(self, name)!r} is not host:port")
         if not self.control_api.startswith(("127.", "localhost:", "[::1]:")):
             raise _invalid(f"control_api {self.control_api!r} is not a loopback address")
-        for address in (*self.listen, *self.bootstrap):
+        for address in (*self.listen, *self.announce, *self.bootstrap):
             if not address.startswith("/"):
                 raise _invalid(f"{address!r} is not a multiaddr such as /ip4/0.0.0.0/tcp/9350")
+        for address in self.announce:
+            if "/p2p/" in address:
+                raise _invalid(f"announce {address!r}: leave out /p2p/…, the node adds its own peer id")
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:

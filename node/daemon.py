@@ -211,7 +211,7 @@ async def _peer_plane(
 def _network(settings: Config, identity: Identity) -> Network:
     from node.network.libp2p import Libp2pNetwork  # takes a second to import: nobody else needs it
 
-    return Libp2pNetwork(identity.host.private_bytes, settings.listen)
+    return Libp2pNetwork(identity.host.private_bytes, settings.listen, announce=settings.announce)
 
 
 def _links(

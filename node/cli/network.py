@@ -33,6 +33,9 @@ def up(
     init: Annotated[bool, typer.Option("--init", help="Make the identity first if there is none.")] = False,
     network: Annotated[str | None, typer.Option(help="The network's name.")] = None,
     listen: Annotated[list[str] | None, typer.Option(help="libp2p multiaddr, repeatable.")] = None,
+    announce: Annotated[
+        list[str] | None, typer.Option(help="Multiaddr that others are told instead, behind a port mapping.")
+    ] = None,
     peer_api: Annotated[str | None, typer.Option(help="host:port of the peer data plane.")] = None,
     control_api: Annotated[str | None, typer.Option(help="host:port of the local API.")] = None,
     bootstrap: Annotated[list[str] | None, typer.Option(help="Peer to dial first, repeatable.")] = None,
@@ -47,6 +50,7 @@ def up(
     flags = {
         "network": network,
         "listen": listen,
+        "announce": announce,
         "peer_api": peer_api,
         "control_api": control_api,
         "bootstrap": bootstrap,

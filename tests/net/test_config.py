@@ -1,0 +1,70 @@
+"""Settings: which source wins, what a file keeps, and that a detached node is told all of them."""
+
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from node import app, config, daemon
+from node.cli.main import app as command
+from node.config import Config
+from node.errors import LocalError
+from node.identity import keyring
+
+ALL = Config(
+    network="test",
+    listen=("/ip4/127.0.0.1/tcp/0",),
+    announce=("/ip4/192.0.2.7/tcp/19350", "/dns4/node.example/tcp/443"),
+    peer_api="127.0.0.1:0",
+    control_api="127.0.0.1:0",
+    bootstrap=("/ip4/192.0.2.1/tcp/9350",),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Config.__dataclass_fields__:
+        monkeypatch.delenv(f"WEFT_{name.upper()}", raising=False)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    config.save(ALL, tmp_path / "config.toml")
+    assert config.load(tmp_path / "config.toml") == ALL
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.toml"
+    config.save(ALL, path)
+    monkeypatch.setenv("WEFT_ANNOUNCE", "/ip4/192.0.2.8/tcp/1,/ip4/192.0.2.8/tcp/2")
+    told = config.load(path, {"announce": None}).announce
+    assert told == ("/ip4/192.0.2.8/tcp/1", "/ip4/192.0.2.8/tcp/2")
+    assert config.load(path, {"announce": ["/ip4/192.0.2.9/tcp/3"]}).announce == ("/ip4/192.0.2.9/tcp/3",)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.7:9350", "/ip4/192.0.2.7/tcp/9350/p2p/12D3KooW"])
+def test_an_announced_address_that_nobody_could_dial_is_refused(address: str) -> None:
+    with pytest.raises(LocalError, match="setting"):
+        Config(announce=(address,))
+
+
+def test_a_detached_node_gets_every_setting(tmp_path: Path) -> None:
+    up = typer.main.get_command(command).commands["up"]  # type: ignore[attr-defined]
+    given = up.make_context("up", app._flags(ALL)).params
+    flags = {name: given[name] for name in Config.__dataclass_fields__}
+    assert config.load(tmp_path / "none.toml", flags) == ALL
+
+
+@pytest.mark.anyio
+async def test_a_node_behind_a_port_mapping_tells_others_what_to_dial(tmp_path: Path) -> None:
+    identity = keyring.create(tmp_path / "identity", time.time())
+    async with daemon._network(ALL, identity) as network:
+        peer = identity.host.peer_id
+        assert network.addresses() == tuple(f"{address}/p2p/{peer}" for address in ALL.announce)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
