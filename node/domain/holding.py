@@ -58,4 +58,3 @@ class Holding:
     def size_of(self, path: str) -> int | None:
         """The claimed size of a file in bytes; None when it is not listed."""
         return next((file.size for file in self.files if file.path == path), None)
-
