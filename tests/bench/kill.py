@@ -56,7 +56,8 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hid
 SIGNED_ANEW = {"model.sig", "provenance.dsse.json"}
 """Files that hold a time or a random signature; all others are the same, byte for byte, in every run."""
 POLL_SECONDS = 0.01
-DEAD_SECONDS = 5.0
+DEAD_SECONDS = 1.0
+"""Within which the children of a killed command must be gone."""
 RUN_SECONDS = 300.0
 
 

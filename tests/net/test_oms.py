@@ -19,7 +19,7 @@ from merge_core.errors import CorruptCheckpoint
 from node.errors import LocalError, VerificationFailed
 from node.identity.binding import PUBLISHER_FILE, bind
 from node.identity.envelopes import pae
-from node.identity.keys import HostKey, PublisherKey
+from node.identity.keys import HostKey, PublicPublisherKey, PublisherKey
 from node.provenance import oms
 
 KEY = PublisherKey.generate()
@@ -321,3 +321,59 @@ def test_the_stock_tool_accepts_added_and_merged_models(stock: Path, family) -> 
             assert not accepts(stock, directory, who.publisher), name
             refused(directory, who.publisher)
             (directory / name).write_bytes(original)
+
+
+RECIPE = """
+merge_method: ties
+base_model: ./base
+models:
+  - {model: ./math, parameters: {weight: 1.0, density: 0.4}}
+  - {model: ./code, parameters: {weight: 0.5, density: 0.6}}
+"""
+
+
+@pytest.mark.foreign
+@pytest.mark.timeout(600)
+def test_the_stock_tool_and_weft_verify_agree_on_what_the_real_command_made(
+    stock: Path, family, tmp_path: Path
+) -> None:
+    folder = family.merged.parent
+    environment = {**os.environ, "WEFT_HOME": str(tmp_path / "home")}
+
+    def weft(*words: str | Path, code: int = 0) -> Any:
+        command = [Path(sys.executable).with_name("weft"), "--json", *words]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done
+        return json.loads(done.stdout).get("data")
+
+    weft("init")
+    (folder / "recipe.yml").write_text(RECIPE)
+    for directory in family.parents.values():
+        (directory / "model.sig").unlink()  # signed by others: the node signs what it adds
+    added = Path(weft("add", "math")["directory"])
+    merged = Path(weft("merge", "recipe.yml", "-o", "out")["directory"])
+    pem = tmp_path / "publisher.pem"
+    pem.write_text(weft("id", "show")["publisher_key"])
+    key = PublicPublisherKey.from_pem(pem.read_bytes())
+    verify = ["--signature", "model.sig", "--public_key", pem, "."]
+
+    def accepted(directory: Path) -> bool:
+        done = subprocess.run(
+            [stock, "verify", "key", *verify], cwd=directory, capture_output=True, check=False
+        )
+        return done.returncode == 0
+
+    for directory in (added, merged):
+        files = oms.verify_directory(directory, key).files
+        assert {"model.safetensors", "README.md", "weft.publisher.json"} <= files.keys()
+        assert accepted(directory)
+        weft("verify", directory, "--publisher", pem)
+        for name in files:
+            original = (directory / name).read_bytes()
+            flip(directory / name, len(original) // 2)
+            assert not accepted(directory), name
+            weft("verify", directory, "--publisher", pem, code=5)
+            (directory / name).write_bytes(original)
+        assert accepted(directory)
