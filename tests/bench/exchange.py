@@ -27,8 +27,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from merge_core.checkpoint.manifest import LeafTable, Manifest
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import Digest, ModelId
-from node.catalog.shelf import Shelf
+from merge_core.simmerge import compute
+from node.catalog.shelf import Measurable, Shelf
 from node.domain.ids import PeerId
 from node.exchange.fetch import fetch
 from node.identity import keyring
@@ -74,6 +77,13 @@ def search_path() -> str:
     return os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
 
 
+def sketch(measured: Measurable) -> bytes:
+    """The fingerprint as a worker computes it."""
+    leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
+    with Checkpoint.open(measured.directory) as checkpoint:
+        return compute(VerifiedSource(checkpoint, leaves), measured.model_id).to_bytes()
+
+
 def prepare() -> Path:
     """The home of the node that holds the expert, made once."""
     home = CACHE / "holder"
@@ -84,14 +94,14 @@ def prepare() -> Path:
     source.mkdir(parents=True)
     draw = np.random.default_rng(0)
     tensors = {
-        f"model.layers.{i}.weight": draw.integers(0, 2**32, TENSOR_BYTES // 4, np.uint32).view(np.float32)
+        f"model.layers.{i}.weight": draw.standard_normal(TENSOR_BYTES // 4, np.float32)
         for i in range(TENSORS)
     }
     save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
     (source / "config.json").write_text('{"architectures":["LlamaForCausalLM"]}')
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     identity = keyring.create(home / "identity", time.time())
-    Shelf(home / "experts").add(source, identity=identity, sketch=lambda _: b"{}", now=time.time())
+    Shelf(home / "experts").add(source, identity=identity, sketch=sketch, now=time.time())
     shutil.rmtree(source)
     (home / "ready").touch()
     return home
