@@ -6,7 +6,10 @@ import ast
 import json
 import re
 import shutil
+import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,3 +420,37 @@ def test_every_hint_in_the_source_names_a_verb_that_there_is(weft) -> None:
     named = [(where, verb) for where, hint in hints for verb in re.findall(r"\bweft ([a-z]+)", hint)]
     assert len(named) > 100
     assert [(where, verb) for where, verb in named if verb not in verbs] == []
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--peer-api", "--control-api"])
+def test_a_port_in_use_is_named_and_the_node_does_not_start(flag: str, weft, workplace: Path) -> None:
+    weft("init")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = {
+            "--listen": "/ip4/127.0.0.1/tcp/0",
+            "--peer-api": "127.0.0.1:0",
+            "--control-api": "127.0.0.1:0",
+        }
+        flags[flag] = flags[flag].removesuffix("0") + str(port)
+        done = subprocess.run(
+            [sys.executable, "-m", "node.cli", "up", *(word for pair in flags.items() for word in pair)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    (why,) = re.findall(r"^error: (.+)$", done.stderr, re.M)
+    (then,) = re.findall(r"^next:  (.+)$", done.stderr, re.M)
+    assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
+    assert str(port) in why and "in use" in why and COMMAND.search(then), done.stderr
+    assert weft("status").code == 3 and not (workplace.parent / "home/run/node.json").exists()
+
+
+def test_a_detached_node_that_cannot_start_says_why(weft, workplace: Path) -> None:
+    weft("init")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = weft("up", "-d", "--json", "--listen", f"/ip4/127.0.0.1/tcp/{port}").error
+    assert "the node did not start" in error["why"] and str(port) in error["why"]
+    assert error["exit_code"] == 1 and COMMAND.search(error["hint"])
+    assert weft("status").code == 3
