@@ -49,7 +49,7 @@ from node.negotiation.policy import Policy
 from node.negotiation.provider import Provider
 from node.negotiation.requester import Requester
 from node.negotiation.service import Negotiation
-from node.network.base import Network
+from node.network.base import Network, parse_address
 from node.network.upkeep import stay_connected
 from node.peer import credentials
 from node.peer.admitted import Admitted
@@ -66,8 +66,11 @@ Clock = Callable[[], float]
 async def serve(home: Home, settings: Config, *, on_up: Callable[[], None], clock: Clock = time.time) -> None:
     """Run the node of a home until it is asked to stop by the control API, SIGTERM or SIGINT.
 
-    Raises LocalError when there is no identity, a node runs already, or a port is in use.
+    Raises LocalError when there is no identity, a node runs already, a port is in use, a bootstrap address
+    is malformed, or a part of the node crashed.
     """
+    for address in settings.bootstrap:
+        parse_address(address)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -348,6 +351,7 @@ class _Tasks:
 
     def __init__(self, *, on_crash: Callable[[], None]) -> None:
         self._on_crash = on_crash
+        self._crash: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> _Tasks:
@@ -357,6 +361,10 @@ class _Tasks:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._crash is not None:
+            raise LocalError(
+                f"a part of the node crashed: {self._crash}", hint="weft doctor"
+            ) from self._crash
 
     def add(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something until it ends or the node does."""
@@ -368,4 +376,5 @@ class _Tasks:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("the node stops: %s", task, exc_info=task.exception())
+            self._crash = task.exception()
             self._on_crash()

@@ -2,7 +2,7 @@
 
     main      entry point: flags that every verb has, errors and exit codes
     output    stdout is data, stderr is the story
-    local     verbs that need no running node: init id add ls rm check verify lineage doctor version
+    local     verbs that need no running node: init id add ls rm verify lineage doctor version
     network   verbs that talk to the node: up down status peers invite join get search plan merge jobs
     demo      three nodes on this machine, from training to a verified merge
 

@@ -54,6 +54,7 @@ def demo(
         story.tamper()
     data = {**story.told, "seconds": round(time.monotonic() - began, 1)}
     _farewell(story, keep)
+    _judge(data)
     out.result(data, lambda console: _summary(console, data))
 
 
@@ -225,10 +226,14 @@ class Story:
     def stop(self) -> None:
         """Stop the nodes and remove their homes; the merged model and the key stay."""
         from node import app
+        from node.errors import WeftError
 
         for home in self.homes.values():
-            if app.node_runs(home):
-                app.stop(home)
+            try:
+                if app.node_runs(home):
+                    app.stop(home)
+            except WeftError as error:
+                out.say(f"[yellow]{escape(error.why)}[/]  {escape(error.hint)}")
             shutil.rmtree(home.root, ignore_errors=True)
 
     def _publisher_key(self) -> Path:
@@ -268,6 +273,20 @@ def _wait_for(home: Home, names: set[str]) -> None:
         if time.monotonic() > deadline:
             raise NotEnoughPeers(f"nobody advertises {', '.join(sorted(names - found))}", hint="weft doctor")
         time.sleep(POLL_SECONDS)
+
+
+def _judge(data: dict[str, Any]) -> None:
+    """Raise VerificationFailed when the demo did not show what it is there to show."""
+    from node.errors import VerificationFailed
+
+    shown = {
+        "the merged model verifies": data["verified"],
+        "the audit passes": data["audit"]["passed"],
+        "the tampered copy is refused": data["tampered_refused"],
+    }
+    wrong = [what for what, true in shown.items() if not true]
+    if wrong:
+        raise VerificationFailed(f"not so: {'; '.join(wrong)}", hint=f"weft verify {data['model_dir']}")
 
 
 def _mean(scores: dict[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""Verbs that need no running node: init, id, add, ls, rm, check, verify, lineage, doctor, version."""
+"""Verbs that need no running node: init, id, add, ls, rm, verify, lineage, doctor, version."""
 
 from __future__ import annotations
 

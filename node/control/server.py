@@ -181,6 +181,11 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
         for job in self._node.jobs.newest(MAX_PAGE):
             unfinished = job.kind is JobKind.MERGE and job.state is not JobState.SUCCEEDED
             if unfinished and job.request["directory"] == wanted:
+                if job.request["recipe"] != created.request["recipe"]:
+                    raise LocalError(
+                        f"the unfinished merge into {wanted} has another recipe",
+                        hint=f"weft jobs resume {job.id[:8]}, or name another output",
+                    )
                 return views.job(JobView(job=self._node.jobs.resume(job.id)))
         raise LocalError(f"there is no unfinished merge into {wanted}", hint="weft jobs ls")
 

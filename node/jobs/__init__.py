@@ -6,4 +6,5 @@
         journal.append(job.id, Reached(step="plan", value=plan_digest), now)
 
 journal  the SQLite table of events, and one lock per job
+runner   attempts at jobs: owned, watched, cancelled, resumed
 """

@@ -1,8 +1,12 @@
 """Merging: from a recipe to a signed model, with the steps of the main job in one function.
 
-references  what a recipe's `model:` may say
-parents     the models a merge is made of: found before a byte moves, on disk before it starts
 merge       the job: plan, obtain, execute in a worker, record, sign, rename into place
-records     the files that a merged model carries beside its weights
+parents     the models a merge is made of: found before a byte moves, on disk before it starts
+remote      the network as a source of parents: adverts, agreements, fetches
+references  what a recipe's `model:` may say
+card        what a merged model says to people
+local       a merge or an audit in the foreground, without a node
 audit       the job that re-executes a merge
+work        the jobs of a node that are no merges
+known       where models were seen on this machine
 """

@@ -1,6 +1,7 @@
 """The audit job: execute a merge again from its parents, compare every leaf, and sign the verdict.
 
-The directory must verify first; the auditor's own copy of the parents is what counts, wherever it came from.
+The auditor's own copy of the parents is what counts, wherever it came from. Signatures are the business of
+`verify`: a verdict is about bytes.
 """
 
 from __future__ import annotations
@@ -27,18 +28,9 @@ from node.merging.merge import lay_out, teller, worker_input
 from node.merging.parents import OnDisk, ParentSource
 from node.provenance import audit as verdicts
 from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, TRACE_FILE
+from node.provenance.audit import Outcome
 from node.provenance.statement import PROVENANCE_FILE
 from node.worker import process
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a worker found: how many leaves were compared, which of them differ."""
-
-    checked: int
-    failed: tuple[tuple[str, int], ...]
-    trace_ok: bool
-    files_ok: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,18 +76,18 @@ class Auditing:
         obtained = await self._parents.obtain(parents, claimed.plan, Purpose.AUDIT, attempt)
         attempt.enter(JobState.VERIFYING)
         inputs = [obtained.parents[model_id] for model_id in claimed.plan.inputs]
-        outcome, failures = await self._execute(attempt, claimed, inputs)
+        outcome = await self._execute(attempt, claimed, inputs)
         statement = await asyncio.to_thread(self._testify, claimed, outcome)
         return {
             "model_id": claimed.model_id,
             "directory": str(directory),
             "checked": outcome.checked,
-            "failed": failures,
-            "passed": outcome.checked > 0 and failures == 0 and outcome.trace_ok and outcome.files_ok,
+            "failed": outcome.failed,
+            "passed": outcome.passed,
             "statement": statement,
         }
 
-    async def _execute(self, attempt: Attempt, claimed: Claimed, inputs: list[OnDisk]) -> tuple[Outcome, int]:
+    async def _execute(self, attempt: Attempt, claimed: Claimed, inputs: list[OnDisk]) -> Outcome:
         with TemporaryDirectory(prefix="weft-audit-") as folder:
             work = Path(folder)
             await asyncio.to_thread(lay_out, work, claimed.plan, inputs)
@@ -108,13 +100,13 @@ class Auditing:
                 "inputs": [worker_input(work, position, parent) for position, parent in enumerate(inputs)],
             }
             found = await process.run("audit", request, on_event=teller(attempt))
-        outcome = Outcome(
+        return Outcome(
             checked=found["checked"],
-            failed=tuple((tensor, leaf) for tensor, leaf in found["failed"]),
+            failed=found["failures"],
+            listed=tuple((tensor, leaf) for tensor, leaf in found["failed"]),
             trace_ok=found["trace_ok"],
             files_ok=found["files_ok"],
         )
-        return outcome, found["failures"]
 
     def _testify(self, claimed: Claimed, outcome: Outcome) -> str:
         """Sign the verdict and keep it; the path of the claims file, empty where nobody can sign."""
@@ -137,12 +129,16 @@ def read_claimed(directory: Path, hashes: HashCache) -> Claimed:
     """What a merged directory says of itself; raises VerificationFailed where it is no merge (blocking)."""
     for name in (PLAN_FILE, TRACE_FILE, MANIFEST_FILE):
         if not (directory / name).is_file():
-            raise VerificationFailed(f"{directory} is not a merge: it has no {name}", hint="weft lineage DIR")
+            raise VerificationFailed(
+                f"{directory} is not a merge: it has no {name}", hint=f"weft lineage {directory}"
+            )
     manifest = Manifest.parse(read_bounded(directory / MANIFEST_FILE, MAX_MANIFEST))
     with Checkpoint.open(directory) as checkpoint:
         measured = hashes.measure(checkpoint)
     if measured.manifest != manifest:
-        raise VerificationFailed(f"{directory} does not hold the model that it names", hint="weft verify DIR")
+        raise VerificationFailed(
+            f"{directory} does not hold the model that it names", hint=f"weft verify {directory}"
+        )
     sealed = directory / PROVENANCE_FILE
     return Claimed(
         directory=directory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -46,11 +45,7 @@ async def merge(
         job = _begin(journal, recipe, target, clock())
         try:
             ended = await perform(journal, job, merging.merge, clock=clock, on_change=on_view)
-        except MergeCoreError:
-            discard(target)
-            journal.remove()
-            raise
-        except WeftError:
+        except (MergeCoreError, WeftError):
             if not leftovers(target):
                 journal.remove()
             raise
@@ -75,12 +70,6 @@ async def audit(
         )
     result: dict[str, Any] = ended.result
     return result
-
-
-def discard(target: Path) -> None:
-    """Remove what an unfinished merge left."""
-    for path in leftovers(target):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_place(target: Path, *, resume: bool) -> None:

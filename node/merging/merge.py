@@ -26,7 +26,7 @@ from merge_core.checkpoint.manifest import Manifest
 from merge_core.checkpoint.published import read_bounded
 from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import ModelId, sha256
-from merge_core.errors import CannotWrite, CorruptCheckpoint, Unmergeable
+from merge_core.errors import CannotWrite, CorruptCheckpoint, MergeCoreError, Unmergeable
 from merge_core.functional import output_files
 from merge_core.plan import Draft, Estimate, MergePlan, check, draft
 from merge_core.recipe import Recipe
@@ -99,7 +99,11 @@ class Merging:
         attempt.reach("plan", planned.plan.digest)
         if not _is_there(target, planned.plan):
             obtained = await self._parents.obtain(planned.parents, planned.plan, Purpose.MERGE, attempt)
-            await self._execute(attempt, planned, obtained, target)
+            try:
+                await self._execute(attempt, planned, obtained, target)
+            except MergeCoreError:
+                await asyncio.to_thread(discard, target)  # trying again would end the same way
+                raise
         manifest = Manifest.parse((target / MANIFEST_FILE).read_bytes())
         await asyncio.to_thread(shutil.rmtree, work_folder(target), ignore_errors=True)
         self._remember(planned, manifest.model_id, target)
@@ -179,6 +183,12 @@ def _read_back(planned: Planned, obtained: Obtained, made: Mapping[str, Any]) ->
         terms={p.model_id: Terms(licence=p.licence, publisher=p.publisher) for p in planned.parents},
         agreements=obtained.agreements,
     )
+
+
+def discard(target: Path) -> None:
+    """Remove what an unfinished merge has left on the disk."""
+    for path in leftovers(target):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _request(work: Path, inputs: Sequence[OnDisk], target: Path) -> dict[str, Any]:

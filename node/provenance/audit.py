@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from merge_core.checkpoint.manifest import TENSOR_NAME
 from merge_core.digest import Digest, ModelId, canonical, parse_canonical
@@ -39,17 +39,20 @@ _PEER = "urn:weft:peer:"
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
-class Outcome(Protocol):
-    """What re-execution found: merge_core.execute.AuditReport is one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What re-execution found: how many leaves were compared and differ; `listed` names some of those."""
+
+    checked: int
+    failed: int
+    listed: tuple[tuple[str, int], ...]
+    trace_ok: bool
+    files_ok: bool
 
     @property
-    def checked(self) -> int: ...
-    @property
-    def failed(self) -> tuple[tuple[str, int], ...]: ...
-    @property
-    def trace_ok(self) -> bool: ...
-    @property
-    def files_ok(self) -> bool: ...
+    def passed(self) -> bool:
+        """Whether everything agreed, and there was something to agree."""
+        return self.checked > 0 and self.failed == 0 and self.trace_ok and self.files_ok
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +174,8 @@ def judge(
         plan=plan,
         auditor=auditor,
         checked=outcome.checked,
-        failed=len(outcome.failed),
-        first_failed=tuple(outcome.failed[:MAX_LISTED]),
+        failed=outcome.failed,
+        first_failed=outcome.listed[:MAX_LISTED],
         trace_ok=outcome.trace_ok,
         files_ok=outcome.files_ok,
         audited_at=int(now),

@@ -6,6 +6,9 @@
     manifest     every tensor and functional file hashed again gives the ModelId
     provenance   for a merge: the builder's statement; subjects, plan, trace, agreements fit it and the files
 
+A merge that nobody signed is a warning and no failure: its records are held against its bytes, and an audit
+can still execute it again. A signature of which a part is missing is one that is broken.
+
 Nothing here raises for a bad model: what cannot be read is a red line. What a check needs of an earlier one
 that failed is not checked, and says so. Whether the plan really gives these bytes is for an audit.
 """
@@ -99,6 +102,8 @@ def verify(
     if checkpoint is None:
         return ledger.report(None, None)
     with checkpoint:
+        if publisher is None and _claims_nothing(checkpoint):
+            return _unsigned(ledger, checkpoint, on_progress)
         binding = ledger.attempt("publisher", lambda: _publisher(checkpoint))
         if binding is not None or publisher is not None:
             ledger.add(_pin(binding, publisher, now))
@@ -145,6 +150,43 @@ def _structure(directory: Path) -> tuple[Checkpoint, str]:
     checkpoint = Checkpoint.open(directory)
     count, files = len(checkpoint.tensors), len(checkpoint.survey.weights)
     return checkpoint, f"{checkpoint.architecture}, {count} tensors in {files} safetensors file(s)"
+
+
+def _claims_nothing(checkpoint: Checkpoint) -> bool:
+    """Whether this is a merge that nobody signed; a part of a signature is a signature that is broken."""
+    signed = {PUBLISHER_FILE, oms.SIGNATURE_FILE, PROVENANCE_FILE, negotiated.AGREEMENTS_FILE}
+    recorded = {MANIFEST_FILE, PLAN_FILE, TRACE_FILE}
+    records = set(checkpoint.survey.records)
+    return signed.isdisjoint(records) and recorded <= records
+
+
+def _unsigned(ledger: _Ledger, checkpoint: Checkpoint, on_progress: Progress | None) -> Report:
+    """What can be said of a merge on a machine without an identity: whether its records fit its bytes."""
+    detail = "unsigned: nobody vouches for these files; weft init, then merging again, signs them"
+    ledger.add(Check(name="signature", ok=None, detail=detail))
+    manifest = ledger.attempt("manifest", lambda: _manifest(checkpoint, on_progress))
+    plan = ledger.attempt("plan", lambda: _unsigned_plan(checkpoint, manifest))
+    ledger.attempt("trace", lambda: _unsigned_trace(checkpoint, plan))
+    return ledger.report(manifest, None)
+
+
+def _unsigned_plan(checkpoint: Checkpoint, manifest: Manifest | None) -> tuple[MergePlan, str]:
+    if manifest is None:
+        raise VerificationFailed("not checked: the manifest does not hold")
+    plan = MergePlan.parse(read_record(checkpoint.path, checkpoint.survey, PLAN_FILE, MAX_PLAN))
+    origins(plan, manifest)
+    return plan, f"{plan.digest}: {_operators(plan)} over {len(plan.inputs)} models"
+
+
+def _unsigned_trace(checkpoint: Checkpoint, plan: MergePlan | None) -> tuple[None, str]:
+    if plan is None:
+        raise VerificationFailed("not checked: the plan does not hold")
+    data = read_record(checkpoint.path, checkpoint.survey, TRACE_FILE, MAX_TRACE)
+    return None, f"values for {len(Trace.parse(plan, data).tensors)} tensors"
+
+
+def _operators(plan: MergePlan) -> str:
+    return ", ".join(sorted({tensor.operator for tensor in plan.tensors}))
 
 
 def _publisher(checkpoint: Checkpoint) -> tuple[Binding, str]:
@@ -255,8 +297,7 @@ def _plan(
         raise VerificationFailed(f"the plan makes a {plan.architecture}")
     if origins(plan, manifest) != statement.tensors:
         raise VerificationFailed("the provenance names other tensors, operators or parents than the plan")
-    operators = ", ".join(sorted({tensor.operator for tensor in plan.tensors}))
-    return plan, f"{plan.digest}: {operators} over {len(plan.inputs)} models"
+    return plan, f"{plan.digest}: {_operators(plan)} over {len(plan.inputs)} models"
 
 
 def _trace(checkpoint: Checkpoint, statement: MergeProvenance, plan: MergePlan | None) -> tuple[None, str]:

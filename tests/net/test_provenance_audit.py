@@ -23,7 +23,7 @@ from node.provenance.statement import PAYLOAD_TYPE, PROVENANCE_FILE
 NOW = 1_800_000_000.0
 
 
-def reexecute(family, merged: Path) -> execute.AuditReport:
+def reexecute(family, merged: Path) -> audit.Outcome:
     """Run the family's merge again over its parents, and compare it with a directory."""
     opened = [Checkpoint.open(directory) for directory in family.parents.values()]
     try:
@@ -31,7 +31,14 @@ def reexecute(family, merged: Path) -> execute.AuditReport:
         with Checkpoint.open(merged) as claimed:
             found = measure(claimed)
         donor = opened[0].functional_files()
-        return execute.audit(family.plan, family.trace, sources, donor, found.manifest, found.leaves)
+        report = execute.audit(family.plan, family.trace, sources, donor, found.manifest, found.leaves)
+        return audit.Outcome(
+            checked=report.checked,
+            failed=len(report.failed),
+            listed=report.failed,
+            trace_ok=report.trace_ok,
+            files_ok=report.files_ok,
+        )
     finally:
         for checkpoint in opened:
             checkpoint.close()
@@ -75,30 +82,30 @@ def test_one_flipped_bit_of_the_weights_fails_the_audit(family) -> None:
 
 
 def passing(family) -> Claim:
-    outcome = execute.AuditReport(checked=4, failed=(), trace_ok=True, files_ok=True)
+    outcome = audit.Outcome(checked=4, failed=0, listed=(), trace_ok=True, files_ok=True)
     return audit.claim(verdict_of(family, outcome), family.owner)
 
 
 @pytest.mark.parametrize(
     "outcome",
     [
-        execute.AuditReport(checked=0, failed=(), trace_ok=True, files_ok=True),
-        execute.AuditReport(checked=4, failed=(), trace_ok=False, files_ok=True),
-        execute.AuditReport(checked=4, failed=(), trace_ok=True, files_ok=False),
-        execute.AuditReport(checked=4, failed=(("a.weight", 3),) * 500, trace_ok=True, files_ok=True),
+        audit.Outcome(checked=0, failed=0, listed=(), trace_ok=True, files_ok=True),
+        audit.Outcome(checked=4, failed=0, listed=(), trace_ok=False, files_ok=True),
+        audit.Outcome(checked=4, failed=0, listed=(), trace_ok=True, files_ok=False),
+        audit.Outcome(checked=4, failed=500, listed=(("a.weight", 3),) * 500, trace_ok=True, files_ok=True),
     ],
 )
-def test_whatever_differs_or_was_not_looked_at_fails(pristine, outcome: execute.AuditReport) -> None:
+def test_whatever_differs_or_was_not_looked_at_fails(pristine, outcome: audit.Outcome) -> None:
     verdict = verdict_of(pristine, outcome)
     assert not verdict.passed
-    assert verdict.failed == len(outcome.failed) and len(verdict.first_failed) <= audit.MAX_LISTED
+    assert verdict.failed == outcome.failed and len(verdict.first_failed) <= audit.MAX_LISTED
     assert Verdict.parse(verdict.to_bytes()) == verdict
 
 
 def test_a_verdict_cannot_pass_against_its_own_counts(pristine) -> None:
     value = json.loads(
         verdict_of(
-            pristine, execute.AuditReport(checked=4, failed=(("a", 0),), trace_ok=True, files_ok=True)
+            pristine, audit.Outcome(checked=4, failed=1, listed=(("a", 0),), trace_ok=True, files_ok=True)
         ).to_bytes()
     )
     value["predicate"]["verificationResult"] = "PASSED"

@@ -297,3 +297,27 @@ def test_securesystemslib_verifies_the_provenance_and_reads_in_toto(family) -> N
     envelope.payload = base64.b64decode(base64.b64encode(envelope.payload)) + b" "
     with pytest.raises(VerificationError):
         envelope.verify([theirs], 1)
+
+
+SIGNED = (PUBLISHER_FILE, "model.sig", PROVENANCE_FILE, "weft.agreements.json")
+
+
+def test_a_merge_that_nobody_signed_is_a_warning_and_its_bytes_still_count(family) -> None:
+    for name in SIGNED:
+        (family.merged / name).unlink(missing_ok=True)
+    report = verify(family.merged, now=NOW)
+    assert report.ok and lines(report)["signature"] is None
+    assert lines(report)["plan"] and lines(report)["trace"] and report.publisher is None
+    assert "known publisher" in red(verify(family.merged, publisher=family.owner.publisher.public, now=NOW))
+    weights = family.merged / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "manifest" in red(verify(family.merged, now=NOW))
+
+
+@pytest.mark.parametrize("kept", [PUBLISHER_FILE, "model.sig", PROVENANCE_FILE])
+def test_a_part_of_a_signature_is_no_unsigned_merge(family, kept: str) -> None:
+    for name in set(SIGNED) - {kept}:
+        (family.merged / name).unlink(missing_ok=True)
+    assert not verify(family.merged, now=NOW).ok
