@@ -32,6 +32,10 @@ MAX_PEERS = 4096
 FORGET_AFTER = 2 * adverts.MAX_LIFETIME
 """Seconds after its expiry when a number may be forgotten: whatever was older has expired long before."""
 
+Place = tuple[str, int]
+"""Where an advert comes among all that are told: by peer, then by number."""
+START: Place = ("", 0)
+
 
 class Outcome(Enum):
     """What became of an advert; `counts_against` says whether its sender should have known better."""
@@ -56,16 +60,22 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The highest number taken from a peer, and the announcement it belongs to."""
+    """The highest number taken from a peer, the announcement it belongs to, and when the last one expires."""
 
     seq: int
     first_seq: int
     parts: int
+    expires_at: int
 
     @classmethod
-    def of(cls, advert: Advert) -> Head:
-        """The head that an advert makes."""
-        return cls(seq=advert.seq, first_seq=advert.first_seq, parts=advert.parts)
+    def of(cls, advert: Advert, before: Head | None) -> Head:
+        """The head that an advert makes of the one before."""
+        return cls(
+            seq=advert.seq,
+            first_seq=advert.first_seq,
+            parts=advert.parts,
+            expires_at=max(advert.expires_at, before.expires_at if before else 0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +156,7 @@ class AdvertBook:
         self._heads: dict[PeerId, Head] = {}
         self._adverts: dict[PeerId, dict[int, Advert]] = {}
         self._banned: set[PeerId] = set()
+        self._full_until = 0.0
         self._load()
 
     def admit(self, data: bytes, now: float) -> Admission:
@@ -190,18 +201,6 @@ class AdvertBook:
                 self._keep(advert, data)
         return sealed
 
-    def admit_proof(self, one: bytes, other: bytes, now: float) -> PeerId | None:
-        """Take a pair of adverts that should contradict each other; returns the peer that is banned."""
-        try:
-            first, second = read(one), read(other)
-        except (VerificationFailed, ValueError):
-            return None
-        if first.network != self._network or not contradict(first, second) or first.peer == self._me:
-            return None
-        with self._lock:
-            self._ban(first.peer, one, other, now)
-        return first.peer
-
     def search(self, query: Query, now: float) -> tuple[Listing, ...]:
         """Every live listing that matches, this node's own too, by name, id and peer."""
         found = [listing for listing in self.listings(now) if matches(query, listing)]
@@ -223,18 +222,28 @@ class AdvertBook:
             said = [advert.addresses for advert in self._newest() if advert.peer == peer]
         return said[0] if said else ()
 
-    def envelopes(self, now: float) -> tuple[bytes, ...]:
-        """The signed bytes of every live advert, which another peer can check itself, by peer and number."""
+    def envelopes(
+        self, now: float, *, after: Place = START, limit: int = MAX_PEERS
+    ) -> tuple[tuple[Place, bytes], ...]:
+        """The signed bytes of live adverts, which another peer can check itself, in order from `after` on."""
         rows = self._store.rows(
-            "SELECT peer, seq, envelope FROM adverts WHERE network = ? AND expires_at > ? ORDER BY peer, seq",
-            self._network,
-            int(now),
+            "SELECT a.peer, a.seq, a.envelope FROM adverts AS a JOIN heads AS h USING (network, peer)"
+            " WHERE a.network = ? AND (a.peer, a.seq) > (?, ?) AND a.seq >= h.first_seq AND a.expires_at > ?"
+            " AND a.peer NOT IN (SELECT peer FROM contradictions WHERE network = a.network)"
+            " ORDER BY a.peer, a.seq LIMIT ?",
+            *(self._network, *after, int(now), limit),
         )
-        with self._lock:
-            live = {(advert.peer, advert.seq) for advert in self._newest()}
+        told = [((str(row["peer"]), int(row["seq"])), bytes(row["envelope"])) for row in rows]
         # Of a peer that contradicted itself both stories are told: whoever reads them finds out too.
-        proofs = [data for pair in self.contradictions().values() for data in pair]
-        return (*(bytes(row["envelope"]) for row in rows if (row["peer"], row["seq"]) in live), *proofs)
+        proofs = self._store.rows(
+            "SELECT peer, one, other FROM contradictions WHERE network = ? AND peer >= ?"
+            " ORDER BY peer LIMIT ?",
+            *(self._network, after[0], limit),
+        )
+        for row in proofs:
+            pair = (((str(row["peer"]), n), bytes(row[name])) for n, name in ((1, "one"), (2, "other")))
+            told += [half for half in pair if half[0] > after]
+        return tuple(sorted(told)[:limit])
 
     def contradictions(self) -> Mapping[PeerId, tuple[bytes, bytes]]:
         """The proof against every peer that contradicted itself."""
@@ -248,18 +257,33 @@ class AdvertBook:
         return peer in self._banned
 
     def forget(self, now: float) -> None:
-        """Drop adverts that have expired, and the numbers of peers that have been gone for days."""
-        with self._lock, self._store.transaction():
-            self._store.change(
-                "DELETE FROM adverts WHERE network = ? AND expires_at <= ?", self._network, int(now)
-            )
-            self._store.change(
-                "DELETE FROM heads WHERE network = ? AND expires_at <= ? AND peer != ?",
-                self._network,
-                int(now) - FORGET_AFTER,
-                self._me,
-            )
-        self._load()
+        """Drop adverts that have expired, and what is known of peers that have been gone for days."""
+        gone = int(now) - FORGET_AFTER
+        with self._lock:
+            with self._store.transaction():
+                self._store.change(
+                    "DELETE FROM adverts WHERE network = ? AND expires_at <= ?", self._network, int(now)
+                )
+                self._store.change(
+                    "DELETE FROM heads WHERE network = ? AND expires_at <= ? AND peer != ?",
+                    *(self._network, gone, self._me),
+                )
+                # A new name costs a liar nothing: a ban need not outlive the adverts that prove it.
+                self._store.change(
+                    "DELETE FROM contradictions WHERE network = ?"
+                    " AND peer NOT IN (SELECT peer FROM heads WHERE network = ?)",
+                    *(self._network, self._network),
+                )
+            self._heads = {
+                peer: head for peer, head in self._heads.items() if head.expires_at > gone or peer == self._me
+            }
+            self._banned &= self._heads.keys()
+            live = {
+                peer: {seq: advert for seq, advert in known.items() if advert.expires_at > int(now)}
+                for peer, known in self._adverts.items()
+                if peer in self._heads
+            }
+            self._adverts = {peer: known for peer, known in live.items() if known}
 
     def _take(self, advert: Advert, data: bytes, now: float) -> Admission:
         if advert.peer in self._banned:
@@ -290,7 +314,7 @@ class AdvertBook:
                 *(self._network, advert.peer, advert.seq, advert.first_seq, advert.parts, advert.digest),
                 advert.expires_at,
             )
-            self._heads[advert.peer] = Head.of(advert)
+            self._heads[advert.peer] = Head.of(advert, head)
         known = self._adverts.setdefault(advert.peer, {})
         before = [seq for seq in known if seq < advert.first_seq]
         for seq in sorted(before)[:-1]:
@@ -339,12 +363,12 @@ class AdvertBook:
         return bytes(row["envelope"])
 
     def _room(self, now: float) -> bool:
-        counted = "SELECT count(*) AS n FROM heads WHERE network = ?"
-        row = self._store.row(counted, self._network)
-        if row is not None and row["n"] >= MAX_PEERS:
+        """Whether one more peer fits; a full book looks again only when a number may be forgotten."""
+        if len(self._heads) >= MAX_PEERS and now >= self._full_until:
             self.forget(now)
-            row = self._store.row(counted, self._network)
-        return row is None or row["n"] < MAX_PEERS
+            others = (head.expires_at for peer, head in self._heads.items() if peer != self._me)
+            self._full_until = min(others, default=0) + FORGET_AFTER
+        return len(self._heads) < MAX_PEERS
 
     def _load(self) -> None:
         """Read what earlier runs verified; an advert that cannot be read any more is left out."""
@@ -356,12 +380,12 @@ class AdvertBook:
                 continue
             found.setdefault(advert.peer, {})[advert.seq] = advert
         heads = self._store.rows(
-            "SELECT peer, seq, first_seq, parts FROM heads WHERE network = ?", self._network
+            "SELECT peer, seq, first_seq, parts, expires_at FROM heads WHERE network = ?", self._network
         )
         with self._lock:
             self._adverts = found
             self._heads = {
-                PeerId(row["peer"]): Head(seq=row["seq"], first_seq=row["first_seq"], parts=row["parts"])
+                PeerId(row["peer"]): Head(**{name: row[name] for name in Head.__dataclass_fields__})
                 for row in heads
             }
             self._banned = set(self.contradictions())

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from merge_core.digest import canonical, parse_canonical
-from node.catalog.book import AdvertBook, Outcome
+from node.catalog.book import START, AdvertBook, Outcome, Place
 from node.catalog.shelf import Shelf
 from node.domain import text
 from node.domain.advert import MAX_LIFETIME, AdvertisedModel
@@ -30,6 +30,8 @@ DEADLINE = 15.0
 RENEW_AFTER = MAX_LIFETIME / 2
 MAX_PAGES = 1024
 _PAGE = MAX_MESSAGE - 1024
+_AT_ONCE = 64
+"""Adverts that are read from the book for one page, so that no page costs more than another."""
 
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -112,47 +114,54 @@ class Gossip:
     async def _answer(self, peer: PeerId, payload: bytes) -> bytes:
         try:
             asked = text.fields(parse_canonical(payload), {"network", "after"})
-            after = text.integer(asked["after"], "after")
+            after = _place(asked["after"])
         except (ValueError, TypeError, RecursionError) as error:
             raise Refused(Reason.MALFORMED, str(error)[:200]) from error
         if asked["network"] != self._name:
             raise Refused(Reason.WRONG_NETWORK)
-        return _page(self._book.envelopes(self._clock()), after)
+        return _page(self._book.envelopes(self._clock(), after=after, limit=_AT_ONCE))
 
     async def _ask(self, peer: PeerId) -> None:
         """Take every advert that a peer knows; a peer that answers nonsense is left alone."""
-        after = 0
+        after: Place | None = START
         try:
             for _ in range(MAX_PAGES):
                 request = canonical({"network": self._name, "after": after})
-                adverts, more = _read(await self._network.request(peer, PROTOCOL, request, deadline=DEADLINE))
+                adverts, after = _read(
+                    await self._network.request(peer, PROTOCOL, request, deadline=DEADLINE)
+                )
                 for data in adverts:
                     self._book.admit(data, self._clock())
-                if not more or not adverts:
+                if after is None:
                     return
-                after += len(adverts)
         except WeftError as error:
             log.info("peer %s told no adverts: %s", peer.short, error)
 
 
-def _page(envelopes: Sequence[bytes], after: int) -> bytes:
-    """As many envelopes from `after` on as fit into one message, and whether there are more."""
+def _page(listed: Sequence[tuple[Place, bytes]]) -> bytes:
+    """As many adverts as fit into one message, and the place of the last where there may be more."""
     chosen: list[Any] = []
+    last: Place | None = None
     used = 0
-    for data in envelopes[after:]:
+    for place, data in listed:
         used += len(data) + 1
         if used > _PAGE:
             break
         chosen.append(json.loads(data))
-    more = after + len(chosen) < len(envelopes)
-    return canonical({"adverts": chosen, "more": more})
+        last = place
+    return canonical({"adverts": chosen, "next": last})
 
 
-def _read(reply: bytes) -> tuple[list[bytes], bool]:
+def _read(reply: bytes) -> tuple[list[bytes], Place | None]:
     """A page as a peer sent it; raises PeerError."""
     try:
-        value = text.fields(parse_canonical(reply), {"adverts", "more"})
+        value = text.fields(parse_canonical(reply), {"adverts", "next"})
         adverts = [Envelope.from_json(item).to_bytes() for item in value["adverts"]]
-        return adverts, value["more"] is True
+        return adverts, None if value["next"] is None else _place(value["next"])
     except (ValueError, TypeError, RecursionError, VerificationFailed) as error:
         raise PeerError(f"the peer's adverts cannot be read: {error}") from error
+
+
+def _place(value: Any) -> Place:
+    peer, seq = value
+    return text.text(peer, 128, "a place"), text.integer(seq, "a place")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from merge_core.digest import Digest, ModelId, sha256
-from node.catalog.book import AdvertBook, Outcome, Query, read
+from node.catalog.book import FORGET_AFTER, START, AdvertBook, Outcome, Query, read
 from node.domain.advert import (
     MAX_ENVELOPE,
     MAX_LIFETIME,
@@ -148,7 +148,10 @@ def test_two_adverts_with_one_number_are_a_proof_that_others_accept(book: Advert
     assert found.outcome is Outcome.CONTRADICTION and found.proof is not None
     assert names(book) == [] and book.banned(MALLORY.peer_id)
     elsewhere = AdvertBook(Store(tmp_path / "elsewhere.db"), network="demo", me=BOB.peer_id)
-    assert elsewhere.admit_proof(*found.proof, NOW) == MALLORY.peer_id
+    told = [data for _, data in book.envelopes(NOW)]
+    assert told == list(found.proof)
+    assert elsewhere.admit(told[0], NOW).outcome is Outcome.NEW
+    assert elsewhere.admit(told[1], NOW).outcome is Outcome.CONTRADICTION
     assert elsewhere.admit(sealed(said(MALLORY, 3, now=NOW + 9), MALLORY), NOW + 9).outcome is Outcome.BANNED
     assert elsewhere.contradictions() == {MALLORY.peer_id: found.proof}
 
@@ -158,15 +161,6 @@ def test_a_broken_chain_is_a_contradiction(book: AdvertBook) -> None:
     after = replace(said(MALLORY, 2), seq=one.seq + 1, previous=sha256(b"another history"))
     book.admit(sealed(one, MALLORY), NOW)
     assert book.admit(sealed(after, MALLORY), NOW).outcome is Outcome.CONTRADICTION
-
-
-def test_nobody_is_banned_without_a_proof(book: AdvertBook) -> None:
-    first = said(ALICE, 1)
-    second = said(ALICE, 2, last=first)
-    assert book.admit_proof(sealed(first, ALICE), sealed(second, ALICE), NOW) is None
-    assert book.admit_proof(sealed(first, ALICE), sealed(first, ALICE), NOW) is None
-    assert book.admit_proof(sealed(first, ALICE), sealed(said(ALICE, 9), MALLORY), NOW) is None
-    assert not book.banned(ALICE.peer_id)
 
 
 def test_many_experts_are_said_in_parts_that_may_arrive_in_any_order(book: AdvertBook) -> None:
@@ -179,7 +173,7 @@ def test_many_experts_are_said_in_parts_that_may_arrive_in_any_order(book: Adver
         assert len(data) <= MAX_ENVELOPE
         assert book.admit(data, NOW).outcome is Outcome.NEW
     assert len(names(book)) == 200
-    assert [read(data) for data in book.envelopes(NOW)] == list(parts)
+    assert [read(data) for _, data in book.envelopes(NOW)] == list(parts)
 
 
 def test_a_node_restored_from_a_backup_is_heard_and_not_banned(book: AdvertBook, tmp_path: Path) -> None:
@@ -232,6 +226,62 @@ def test_strangers_wait_when_the_book_is_full(book: AdvertBook, monkeypatch: pyt
     assert book.admit(sealed(said(ALICE, 2, last=first), ALICE), NOW).outcome is Outcome.NEW
     late = NOW + 4 * MAX_LIFETIME
     assert book.admit(sealed(said(BOB, 1, now=late), BOB), late).outcome is Outcome.NEW
+
+
+def test_a_full_book_costs_a_stranger_more_than_the_node(
+    book: AdvertBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.catalog.book.MAX_PEERS", 2)
+    for key in (ALICE, BOB):
+        book.admit(sealed(said(key, 1), key), NOW)
+    strangers = [HostKey.from_private_bytes(bytes([n]) * 32) for n in range(10, 20)]
+    messages = [sealed(said(key, 1), key) for key in strangers]
+    checked, asked = [], []
+    monkeypatch.setattr("node.catalog.book.read", lambda data: checked.append(data) or read(data))
+    monkeypatch.setattr(book, "forget", lambda now, forget=book.forget: asked.append(now) or forget(now))
+    for data in messages:
+        assert book.admit(data, NOW + 1).outcome is Outcome.FULL
+    assert checked == messages, "nothing but what arrives is verified"
+    assert asked == [NOW + 1], "what cannot have changed is not looked for again"
+
+
+def test_a_full_book_has_room_from_the_second_on_when_a_peer_may_be_forgotten(
+    book: AdvertBook, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.catalog.book.MAX_PEERS", 2)
+    book.announce([model(9)], ME, NOW)
+    first = said(ALICE, 1, lifetime=60)
+    book.admit(sealed(first, ALICE), NOW)
+    free = NOW + 60 + FORGET_AFTER
+    for moment, outcome in ((NOW, Outcome.FULL), (free - 1, Outcome.FULL), (free, Outcome.NEW)):
+        assert book.admit(sealed(said(BOB, 1, now=moment), BOB), moment).outcome is outcome
+    assert names(book, free) == names(AdvertBook(store, network="demo", me=ME.peer_id), free)
+
+
+def test_a_proof_is_forgotten_with_the_numbers_of_the_liar(book: AdvertBook, store: Store) -> None:
+    for number in (1, 2):
+        book.admit(sealed(said(MALLORY, number, lifetime=60), MALLORY), NOW)
+    book.forget(NOW + 60 + FORGET_AFTER - 1)
+    assert book.banned(MALLORY.peer_id) and book.contradictions()
+    book.forget(NOW + 60 + FORGET_AFTER)
+    assert not book.banned(MALLORY.peer_id) and not book.contradictions()
+
+
+def test_adverts_are_told_page_by_page_each_once(book: AdvertBook) -> None:
+    for key in (ALICE, BOB):
+        first = said(key, 1)
+        for advert in (first, said(key, 2, now=NOW + 5, last=first)):
+            book.admit(sealed(advert, key), NOW + 5)
+    for number in (1, 2):
+        book.admit(sealed(said(MALLORY, number), MALLORY), NOW + 5)
+    whole = book.envelopes(NOW + 5)
+    assert len(whole) == 4 and [place for place, _ in whole] == sorted(place for place, _ in whole)
+    paged, after = [], START
+    while page := book.envelopes(NOW + 5, after=after, limit=1):
+        paged += page
+        after = page[-1][0]
+    assert tuple(paged) == whole
+    assert book.envelopes(NOW + 5 + MAX_LIFETIME, limit=1)[0][0][0] == MALLORY.peer_id
 
 
 hostile = st.recursive(

@@ -145,8 +145,10 @@ def test_pages_are_given_in_one_network_and_to_who_asks_properly(tmp_path: Path)
         await one.join(stack)
         await other.join(stack, one)
         for request, reason in (
-            (canonical({"network": "elsewhere", "after": 0}), Reason.WRONG_NETWORK),
-            (canonical({"network": "demo", "after": -1}), Reason.MALFORMED),
+            (canonical({"network": "elsewhere", "after": ["", 0]}), Reason.WRONG_NETWORK),
+            (canonical({"network": "demo", "after": ["", -1]}), Reason.MALFORMED),
+            (canonical({"network": "demo", "after": 0}), Reason.MALFORMED),
+            (canonical({"network": "demo", "after": [0, ""]}), Reason.MALFORMED),
             (canonical({"network": "demo"}), Reason.MALFORMED),
             (b"[" * 10_000, Reason.MALFORMED),
             (b"\xff", Reason.MALFORMED),
