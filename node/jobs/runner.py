@@ -97,17 +97,16 @@ async def perform(
 ) -> Job:
     """Attempt one job to its end; raises what the work raised, after journalling it.
 
-    Raises LocalError when another process works on it. Cancellation leaves the job unfinished.
+    The caller holds the job's lock. Cancellation leaves the job unfinished.
     """
-    with journal.lock(job.id):
-        attempt = Attempt(journal, journal.load(job.id), clock, on_change)
-        try:
-            result = await work(attempt)
-        except Exception as error:
-            attempt.record(Ended(state=JobState.FAILED, error=describe(error)))
-            raise
-        attempt.record(Ended(state=JobState.SUCCEEDED, result=result))
-        return attempt.job
+    attempt = Attempt(journal, job, clock, on_change)
+    try:
+        result = await work(attempt)
+    except Exception as error:
+        attempt.record(Ended(state=JobState.FAILED, error=describe(error)))
+        raise
+    attempt.record(Ended(state=JobState.SUCCEEDED, result=result))
+    return attempt.job
 
 
 def describe(error: Exception) -> dict[str, Any]:
@@ -143,7 +142,8 @@ class Jobs:
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._notices, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._notices, return_exceptions=True)
 
     @property
     def running(self) -> int:
@@ -214,19 +214,26 @@ class Jobs:
 
     def _spawn(self, job: Job) -> None:
         self._views[job.id] = JobView(job=job)
-        self._tasks[job.id] = asyncio.create_task(self._run(job), name=f"job {job.id}")
+        task = asyncio.create_task(self._run(job), name=f"job {job.id}")
+        self._tasks[job.id] = task
+        # Not a `finally` in the task: one that is cancelled before its first step never gets there.
+        task.add_done_callback(lambda _: self._ended(job.id))
 
     async def _run(self, job: Job) -> None:
+        work = self._work[job.kind]
         try:
-            await perform(self._journal, job, self._work[job.kind], clock=self._clock, on_change=self._notice)
+            with self._journal.lock(job.id):
+                job = self._journal.load(job.id)
+                await perform(self._journal, job, work, clock=self._clock, on_change=self._notice)
         except (WeftError, MergeCoreError) as error:
             log.info("job %s failed: %s", job.id, error)
         except Exception:
             log.exception("job %s failed", job.id)
-        finally:
-            del self._tasks[job.id]
-            self._views.pop(job.id, None)
-            self._announce()
+
+    def _ended(self, job_id: str) -> None:
+        del self._tasks[job_id]
+        self._views.pop(job_id, None)
+        self._announce()
 
     def _notice(self, view: JobView) -> None:
         self._views[view.job.id] = view

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,10 +39,15 @@ async def merge(
     Ctrl-C and kill -9 leave what a resume needs, hidden beside the target; so does a worker that was killed.
     Any other error leaves nothing. Resuming what is finished gives its result again.
     """
-    path = journal_path(target)
     _check_place(target, resume=resume)
-    with closing(Journal.open(path)) as journal:
-        job = _begin(journal, recipe, target, clock())
+    request = {"recipe": recipe.to_yaml(), "directory": str(target)}
+    created = Created(kind=JobKind.MERGE, title=f"{recipe.method} into {target.name}", request=request)
+    with ExitStack() as stack:
+        journal = stack.enter_context(closing(Journal.open(journal_path(target))))
+        fresh = _begin(journal, created, target, clock())
+        # Whoever holds the lock owns what lies there; before that nothing is written and nothing removed.
+        stack.enter_context(journal.lock(_JOB))
+        job = journal.load(_JOB) if fresh else _take_up(journal, created, clock())
         try:
             ended = await perform(journal, job, merging.merge, clock=clock, on_change=on_view)
         except (MergeCoreError, WeftError):
@@ -65,9 +70,14 @@ async def audit(
         request = {"directory": str(directory)}
         created = Created(kind=JobKind.AUDIT, title=f"audit of {directory.name}", request=request)
         job = journal.create("audit", created, clock())
-        ended = await perform(
-            journal, job, lambda attempt: auditing.audit(attempt, directory), clock=clock, on_change=on_view
-        )
+        with journal.lock(job.id):
+            ended = await perform(
+                journal,
+                job,
+                lambda attempt: auditing.audit(attempt, directory),
+                clock=clock,
+                on_change=on_view,
+            )
     result: dict[str, Any] = ended.result
     return result
 
@@ -85,19 +95,24 @@ def _check_place(target: Path, *, resume: bool) -> None:
         raise LocalError(f"{target} exists", hint=f"weft merge RECIPE -o {target}-2")
 
 
-def _begin(journal: Journal, recipe: Recipe, target: Path, now: float) -> Job:
-    """The job that a killed run left, taken up, or a new one."""
-    request = {"recipe": recipe.to_yaml(), "directory": str(target)}
-    created = Created(kind=JobKind.MERGE, title=f"{recipe.method} into {target.name}", request=request)
-    left = journal.jobs()
+def _begin(journal: Journal, created: Created, target: Path, now: float) -> bool:
+    """Journal a new job, True; False where an interrupted run of the same merge left one."""
+    left = journal.jobs(limit=1)
     if not left:
-        return journal.create(_JOB, created, now)
-    if dict(left[0].request) != request:
+        journal.create(_JOB, created, now)
+        return True
+    if dict(left[0].request) != created.request:
         remains = [*map(str, leftovers(target)), f"{journal_path(target)}*"]
         raise LocalError(
             f"the interrupted merge into {target} was another one",
             hint=f"weft merge with the first recipe, or rm -r {' '.join(remains)}",
         )
+    return False
+
+
+def _take_up(journal: Journal, created: Created, now: float) -> Job:
+    """The job that a killed run left, to go on with."""
+    left = journal.jobs()
     if left[0].state is JobState.SUCCEEDED:
         # Killed before the journal was removed: a job that finds the result there, or makes it again.
         return journal.create(f"{_JOB}-{len(left)}", created, now)

@@ -115,6 +115,19 @@ async def test_a_cancelled_job_has_ended_and_can_be_resumed(journal: Journal) ->
 
 
 @pytest.mark.anyio
+async def test_a_job_that_is_cancelled_before_its_first_step_can_be_resumed(journal: Journal) -> None:
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        return {}
+
+    async with jobs_of(journal, work) as jobs:
+        jobs.start("a", MERGE)
+        assert (await jobs.cancel("a")).state is JobState.CANCELLED
+        assert jobs.running == 0
+        jobs.resume("a")
+        assert (await ended(jobs, "a")).state is JobState.SUCCEEDED
+
+
+@pytest.mark.anyio
 async def test_a_failure_says_why_and_what_to_do_next(journal: Journal) -> None:
     async def work(attempt: Attempt) -> dict[str, Any]:
         raise Unreachable("nobody answers", hint="weft peers")

@@ -1,7 +1,9 @@
 """A merge without a node: what a crash leaves is taken up, and nothing lies beside the output at the end."""
 
+import asyncio
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.digest import ModelId
 from merge_core.errors import Unmergeable
 from node.catalog.hashes import HashCache
+from node.domain.job import Created
 from node.errors import LocalError
 from node.jobs.journal import Journal
 from node.merging import local, merge
@@ -43,6 +46,18 @@ def models(pristine: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, directory in pristine.parents.items():
         shutil.copytree(directory, folder / name, ignore=shutil.ignore_patterns(*RECORD_FILES))
     return folder
+
+
+class Waiting(LocalParents):
+    """Parents that are found once the test says so."""
+
+    asked: asyncio.Event
+    go: asyncio.Event
+
+    async def find(self, references: Any, attempt: Any = None) -> Any:
+        self.asked.set()
+        await self.go.wait()
+        return await super().find(references, attempt)
 
 
 def merge_into(target: Path, models: Path, *, resume: bool = False, weight: float = 1.0) -> dict[str, Any]:
@@ -180,6 +195,37 @@ def test_without_resume_an_interrupted_merge_is_not_touched(
         run()
     assert caught.value.hint.endswith("--resume")
     assert listing(tmp_path) == left
+
+
+def test_a_resume_beside_a_run_that_works_neither_writes_nor_removes_anything(
+    models: Path, undisturbed: ModelId, tmp_path: Path
+) -> None:
+    target = tmp_path / "outputs" / "out"
+    target.parent.mkdir()
+    parents = Waiting(HashCache(None), KnownPlaces(tmp_path / "known", lambda _: None), models)
+    merging = Merging(parents, None, clock=lambda: 1.8e9)
+
+    def run(resume: bool) -> Any:
+        linear = recipe.parse(LINEAR.replace("WEIGHT", "1.0"))
+        return local.merge(
+            merging, linear, target, resume=resume, clock=lambda: 1.8e9, on_view=lambda _: None
+        )
+
+    async def story() -> None:
+        parents.asked, parents.go = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(run(False))
+        await parents.asked.wait()
+        before = listing(tmp_path)
+        with pytest.raises(LocalError, match="being worked on"):
+            await run(True)
+        assert listing(tmp_path) == before
+        with closing(Journal.open(local.journal_path(target))) as journal:
+            assert [type(record.event) for record in journal.records("merge")] == [Created]
+        parents.go.set()
+        assert (await first)["model_id"] == undisturbed
+
+    asyncio.run(story())
+    assert listing(tmp_path) == ["out"]
 
 
 def test_the_hint_for_another_recipe_names_all_that_has_to_go(
