@@ -119,8 +119,8 @@ def signed_files(
     files = parse_bundle(bundle).open(binding.publisher).files
     if files.get(PUBLISHER_FILE) != sha256(publisher_record):
         raise VerificationFailed("the publisher record is not the one that was signed")
-    if files.get(MANIFEST_FILE, manifest.model_id) != manifest.model_id:
-        raise VerificationFailed("the publisher signed another manifest")
+    if files.get(MANIFEST_FILE) != manifest.model_id:
+        raise VerificationFailed("the publisher signed no manifest, or another one")
     functional = {path: digest for path, digest in files.items() if path in FUNCTIONAL_FILES}
     if functional != {record.path: record.sha256 for record in manifest.files}:
         raise VerificationFailed("the publisher signed other functional files than the manifest lists")

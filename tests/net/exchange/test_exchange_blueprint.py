@@ -86,6 +86,7 @@ def test_a_signature_over_another_model_is_refused(manifest: Manifest) -> None:
         {"weft.publisher.json": other},
         {"config.json": None},
         {"weft.publisher.json": None},
+        {"weft.manifest.json": None},
         {WEIGHTS: None},
     ):
         files = {path: digest for path, digest in {**good, **change}.items() if digest}
