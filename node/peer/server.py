@@ -39,6 +39,8 @@ from node.wire.v1 import peer_pb2 as pb
 FREE_FILES = frozenset({"config.json"})
 """Files that planning needs, before there can be an agreement."""
 MAX_CALLS = 128
+_EXPECTED = (Refused, OSError, ValueError, MergeCoreError, LocalError)
+"""What may go wrong with a held model; none of it reaches the caller but a Refused."""
 WRITE_DEADLINE = 60.0
 """Seconds that a caller may take to accept one piece of 1 MiB."""
 
@@ -175,10 +177,11 @@ class PeerServer:
         try:
             self._caller(context)
             held = self._open(wire.parse_model_ref(request.model))
-        except Refused as refused:
-            await abort(context, refused)
-        files = tuple(HeldFile(path=path, size=size) for path, size in sorted(held.files.items()))
-        return wire.holding(Holding(publisher=Digest(held.publisher), files=files))
+            files = tuple(HeldFile(path=path, size=size) for path, size in sorted(held.files.items()))
+            holding = Holding(publisher=Digest(held.publisher), files=files)
+        except _EXPECTED as error:
+            await abort(context, error)
+        return wire.holding(holding)
 
     def _answer(self, method: Callable[[PeerId, Any], AsyncGenerator[bytes, None]]) -> Any:
         """Wrap a stream of bytes: who calls, a deadline on every write, and what its errors become."""
@@ -193,7 +196,7 @@ class PeerServer:
                 return  # the caller went away, as it does when another holder was faster
             except TimeoutError:
                 await abort(context, Refused(Reason.BUSY, "the pieces were not accepted in time"))
-            except (Refused, OSError, MergeCoreError, LocalError) as error:
+            except _EXPECTED as error:
                 await abort(context, error)
 
         return handler

@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from merge_core.digest import Digest, ModelId
+from merge_core.errors import CorruptCheckpoint
 from node.domain.holding import ByteRange, ModelRef
 from node.domain.reasons import Reason
 from node.errors import LocalError, PeerError, Refused, Unreachable
@@ -174,6 +175,27 @@ async def test_a_damaged_copy_is_reported_without_a_path(world: Any, published: 
         with pytest.raises(PeerError) as caught:
             await read(stream)
         assert str(tmp_path) not in caught.value.why
+
+
+async def test_a_shelf_that_fails_is_described_without_a_path(world: Any, published: Any) -> None:
+    asker = await world.node(published.shelf)
+    for error in (OSError("/secret/model"), CorruptCheckpoint("/secret/model"), ValueError("/secret/model")):
+
+        class Broken:
+            publisher = published.expert.publisher
+
+            @property
+            def files(self, error: Exception = error) -> dict[str, int]:
+                raise error
+
+        def missing(*_: object, error: Exception = error) -> Any:
+            raise error
+
+        for shelf in (SimpleNamespace(open=lambda *_: Broken()), SimpleNamespace(open=missing)):
+            client = world.client(asker, await world.node(shelf), lanes=1)
+            with pytest.raises(PeerError) as caught:
+                await client.describe(ref(published))
+            assert caught.value.why == "the peer's own copy is damaged"
 
 
 async def test_a_caller_that_stops_reading_is_cut_off(world: Any, published: Any) -> None:
