@@ -154,7 +154,7 @@ class _Job:
         for leaves in self.blueprint.by_tensor().values():
             wanted = [leaf for leaf in leaves if leaf.number not in partial.verified]
             if wanted:
-                place = self.local.find(leaves)
+                place = await to_the_end(self.pool, self.local.find, leaves)
                 if place:
                     self.tally.copied += await to_the_end(self.pool, copy, partial, wanted, place)
 

@@ -57,7 +57,10 @@ class LocalContent(Protocol):
     """The tensors on this machine by content; what is read there is verified again."""
 
     def locate(self, content_root: str, length: int) -> Place | None:
-        """Where `length` bytes with this content root (hex) should lie."""
+        """Where `length` bytes with this content root (hex) should lie; called from threads.
+
+        Raises OSError or CorruptCheckpoint where it cannot tell.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,12 +5,16 @@ The search is by content root, so a tensor is found whatever it is called and wh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from merge_core.checkpoint import merkle
+from merge_core.errors import CorruptCheckpoint
 from node.exchange.blueprint import Leaf
 from node.exchange.holder import LocalContent, Place
 from node.exchange.partial import Partial
+
+log = logging.getLogger(__name__)
 
 
 class LocalTensors:
@@ -21,11 +25,18 @@ class LocalTensors:
         self._have = have
 
     def find(self, leaves: Sequence[Leaf]) -> Place | None:
-        """Where the tensor of these leaves, which are all it has, should lie."""
+        """Where the tensor of these leaves, which are all it has, should lie (blocking).
+
+        A local model that cannot be read is one that does not help: its tensors are fetched.
+        """
         root = merkle.content_root([leaf.digest for leaf in leaves]).hex()
         if root in self._aside:
             return self._aside[root]
-        return self._have.locate(root, sum(leaf.size for leaf in leaves)) if self._have else None
+        try:
+            return self._have.locate(root, sum(leaf.size for leaf in leaves)) if self._have else None
+        except (OSError, CorruptCheckpoint) as error:
+            log.warning("a local model cannot be read: %s", error)
+            return None
 
 
 def copy(partial: Partial, leaves: Sequence[Leaf], place: Place) -> int:

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from merge_core.checkpoint import merkle
 from merge_core.digest import Digest, ModelId
+from merge_core.errors import CorruptCheckpoint
 from node.domain.holding import ModelRef
 from node.domain.reasons import Reason
 from node.errors import LimitReached, LocalError, NotEnoughPeers, PeerError, Refused
@@ -328,6 +330,23 @@ async def test_a_tensor_that_is_here_already_is_copied_and_not_fetched(
 
     again = await get(published, [client], tmp_path / "again", have=published.shelf)
     assert again.copied == again.manifest.size
+
+
+async def test_a_local_model_that_cannot_be_read_costs_a_fetch_and_no_pause_of_the_loop(
+    world: Any, published: Any, tmp_path: Path
+) -> None:
+    (holder,) = await start(world, published, published.shelf)
+    troubles = itertools.cycle([OSError("gone"), CorruptCheckpoint("damaged")])
+    threads: set[int] = set()
+
+    class Broken:
+        def locate(self, root: str, length: int) -> Any:
+            threads.add(threading.get_ident())
+            raise next(troubles)
+
+    fetched = await get(published, [holder], tmp_path / "got", have=Broken())
+    assert files_of(fetched.directory) == files_of(published.expert.directory)
+    assert not fetched.copied and threads and threading.get_ident() not in threads
 
 
 async def test_a_refusal_travels_to_whoever_asked(world: Any, published: Any, tmp_path: Path) -> None:
