@@ -293,7 +293,7 @@ async def test_an_inbound_slot_ends_with_its_connection(monkeypatch: pytest.Monk
 
 
 async def test_a_crash_of_the_thread_is_survived_at_the_same_address(
-    network: Libp2pNetwork, caplog: pytest.LogCaptureFixture
+    network: Libp2pNetwork, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addresses, seen = network.addresses(), Witness(network)
     network.subscribe(TOPIC, lambda author, data: Verdict.ACCEPT, lambda author, data: asyncio.sleep(0))
@@ -303,6 +303,18 @@ async def test_a_crash_of_the_thread_is_survived_at_the_same_address(
 
         def crash() -> None:
             raise RuntimeError("a bug in libp2p")
+
+        failing = iter([OSError(24, "Too many open files"), RuntimeError("another bug"), None])
+        launch = network._launch
+
+        async def launch_at_last() -> None:
+            error = next(failing)
+            if error is not None:
+                raise error
+            await launch()
+
+        monkeypatch.setattr(network, "_launch", launch_at_last)
+        monkeypatch.setattr("node.network.libp2p.network.delay_after", lambda failures, jitter: 0.0)
 
         async def meanwhile() -> None:
             with pytest.raises(Unreachable):
@@ -322,6 +334,7 @@ async def test_a_crash_of_the_thread_is_survived_at_the_same_address(
         await attempts[0]
         assert await persistently(stranger, addresses[0]) == b"back"
         assert network.addresses() == addresses
+        assert caplog.text.count("cannot start again") == 2
 
 
 async def persistently(stranger: Libp2pNetwork, address: str) -> bytes:

@@ -211,6 +211,8 @@ class Libp2pNetwork(Switchboard):
                     await self._launch()
             except LocalError as error:
                 log.error("cannot listen again: %s", error.why)
+            except Exception:
+                log.exception("libp2p cannot start again")
 
     # -- told by the thread, on the event loop ---------------------------------------------------------
 
