@@ -17,6 +17,9 @@ Errors of merge_core (InvalidRecipe, Unmergeable, CorruptCheckpoint, PlanMismatc
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 from merge_core.errors import (
     CannotWrite,
     CorruptCheckpoint,
@@ -95,6 +98,19 @@ class VerificationFailed(WeftError):
     """A signature, a digest or an audit did not hold."""
 
     exit_code = 5
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a disk or a quota takes no more."""
+
+
+def of_system(error: OSError, *, where: Path | None = None) -> LocalError:
+    """What the system refused, as an error for the person; `where` is told when the error names no file."""
+    name = error.filename or where
+    why = f"{name}: {error.strerror or error}" if name else str(error.strerror or error)
+    if error.errno in FULL:
+        return LimitReached(why, hint="df -h; free some space, then run the same command again")
+    return LocalError(why, hint=f"ls -ld {name}" if name else "weft doctor")
 
 
 _CORE_EXIT_CODES: dict[type[MergeCoreError], int] = {

@@ -1,8 +1,8 @@
 """Store: the one SQLite file of a node (WAL), with its schema and how it moves forward.
 
 Adverts, agreements and jobs each own their tables here; a job journal beside a merge's output is the same
-file format. Rules: every change is one transaction; a schema never changes in place, a migration is added;
-a file written by a newer weft is left alone.
+file format. What the disk or another process does to the file is a LocalError. Rules: every change is one
+transaction; a schema never changes in place, a migration is added; a file written by a newer weft is left alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from node.errors import LocalError
+from node.errors import LimitReached, LocalError
 
 BUSY_SECONDS = 15.0
 
@@ -133,29 +133,48 @@ class Store:
             if self._db.in_transaction:
                 yield
                 return
-            self._db.execute("BEGIN IMMEDIATE")
+            with self._explained():
+                self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                with self._explained():
+                    self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                self._roll_back()
                 raise
-            self._db.execute("COMMIT")
 
     def change(self, statement: str, *values: Any) -> int:
         """Run one statement that writes; return the number of rows it touched."""
-        with self._lock, self.transaction():
+        with self._lock, self.transaction(), self._explained():
             return self._db.execute(statement, values).rowcount
 
     def rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:
         """Every row of a query."""
-        with self._lock:
+        with self._lock, self._explained():
             return self._db.execute(statement, values).fetchall()
 
     def row(self, statement: str, *values: Any) -> sqlite3.Row | None:
         """The first row of a query."""
-        with self._lock:
+        with self._lock, self._explained():
             found: sqlite3.Row | None = self._db.execute(statement, values).fetchone()
             return found
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # a full disk may have ended it already
+            self._db.execute("ROLLBACK")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise LimitReached where the disk is full, LocalError where the file cannot be read or written."""
+        try:
+            yield
+        except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
+            raise
+        except sqlite3.Error as error:
+            why = f"{self.path}: {error}"
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise LimitReached(why, hint=f"df -h {self.path.parent}") from error
+            raise LocalError(why, hint="weft doctor") from error
 
     def close(self) -> None:
         """Close the file; twice does no harm."""

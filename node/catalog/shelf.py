@@ -14,7 +14,6 @@ copied. A valid signature of another publisher is kept; an invalid one is replac
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -49,7 +48,7 @@ from node.catalog.expert import (
 )
 from node.catalog.hashes import HashCache
 from node.domain.reasons import Reason
-from node.errors import LimitReached, LocalError, Refused, VerificationFailed
+from node.errors import LocalError, Refused, VerificationFailed, of_system
 from node.identity.binding import MAX_BINDING, PUBLISHER_FILE, Binding
 from node.identity.keyring import Identity
 from node.provenance import oms
@@ -413,10 +412,7 @@ class Shelf:
             stage.chmod(0o755)
             yield stage
         except OSError as error:
-            kind = LimitReached if error.errno in (errno.ENOSPC, errno.EDQUOT) else LocalError
-            raise kind(
-                f"{error.filename or self.root}: {error.strerror}", hint=f"df -h {self.root}"
-            ) from error
+            raise of_system(error, where=self.root) from error
         finally:
             os.close(descriptor)
             shutil.rmtree(stage, ignore_errors=True)

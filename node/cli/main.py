@@ -94,7 +94,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _explain(error: Exception) -> int:
     """Print an error that was raised on purpose; anything else is a defect and keeps its traceback."""
     from merge_core.errors import MergeCoreError
-    from node.errors import LocalError, WeftError, exit_code_of
+    from node.errors import WeftError, exit_code_of, of_system
 
     if isinstance(error, _ClickException):
         context = getattr(error, "ctx", None)
@@ -104,8 +104,8 @@ def _explain(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # as in: weft search | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(error, OSError) and error.filename:
-        error = LocalError(f"{error.filename}: {error.strerror}", hint=f"ls -ld {error.filename}")
+    if isinstance(error, OSError) and error.errno is not None:
+        error = of_system(error)
     if not isinstance(error, WeftError | MergeCoreError):
         raise error
     code, kind = exit_code_of(error), str(getattr(error, "kind", type(error).__name__))

@@ -9,7 +9,6 @@ themselves, so that a line can never name a class of its own choosing.
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from merge_core.errors import (
     PlanMismatch,
     Unmergeable,
 )
-from node.errors import LimitReached, LocalError, UsageError, VerificationFailed, WeftError
+from node.errors import LimitReached, LocalError, UsageError, VerificationFailed, WeftError, of_system
 
 Emit = Callable[[dict[str, Any]], None]
 """Takes one event; events are small JSON objects with a `kind`."""
@@ -66,7 +65,7 @@ def decode(line: bytes) -> dict[str, Any]:
 def describe_error(error: Exception) -> dict[str, Any] | None:
     """What crosses to the parent; None for an error that nobody raised on purpose."""
     if isinstance(error, OSError):
-        error = _of_system(error)
+        error = of_system(error)
     if not isinstance(error, MergeCoreError | WeftError) or type(error).__name__ not in ERRORS:
         return None
     described: dict[str, Any] = {"class": type(error).__name__, "why": error.why, "hint": error.hint}
@@ -82,11 +81,3 @@ def rebuild_error(described: dict[str, Any]) -> Exception:
     if kind is Unmergeable:
         return Unmergeable(why, problems=tuple(str(p) for p in described.get("problems", ())), hint=hint)
     return kind(why, hint=hint)
-
-
-def _of_system(error: OSError) -> WeftError:
-    where = f" ({error.filename})" if error.filename else ""
-    why = f"{error.strerror or error}{where}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return LimitReached(why, hint="free some disk space (df -h), then run the same command again")
-    return LocalError(why, hint="weft doctor")

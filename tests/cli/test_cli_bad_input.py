@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import re
 import shutil
@@ -383,6 +384,27 @@ def test_what_a_message_quotes_is_printed_as_it_is(weft, workplace: Path) -> Non
     """`:ab:` is an emoji and `[red]` a colour to whoever draws the line."""
     said = weft("rm", "sha256:ab:[red]")
     assert "'sha256:ab:[red]'" in said.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "why"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 7, "No space left on device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/y"), 7, "/x/y: Disk quota exceeded"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
+        (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_its_exit_code(
+    error: OSError, code: int, why: str, weft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("node.app.initialise", refuse)
+    told = weft("init", "--json").error
+    assert (told["exit_code"], told["why"]) == (code, why)
+    assert COMMAND.search(told["hint"]), told
 
 
 def test_an_identity_is_never_overwritten(weft, workplace: Path, listing) -> None:
