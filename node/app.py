@@ -48,7 +48,7 @@ def initialise(home: Home, *, now: float) -> Identity:
 
     identity = keyring.create(home.identity, now)
     if not home.config.exists():
-        config.save(config.load(home.config), home.config)
+        config.save(config.Config(), home.config)
     return identity
 
 
@@ -149,7 +149,7 @@ def stop(home: Home) -> None:
 
 def join(home: Home, text: str) -> Ticket:
     """Join the network of a ticket: now where a node runs, else at its next start."""
-    from node import daemon
+    from node import config
     from node.control.client import ControlClient
     from node.domain.ticket import Ticket
 
@@ -161,7 +161,7 @@ def join(home: Home, text: str) -> Ticket:
         with ControlClient.connect(home) as node:
             node.join(text)
     else:
-        daemon.remember(home, ticket)
+        config.remember(home.config, ticket)
     return ticket
 
 

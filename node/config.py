@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from node.domain.ticket import Ticket
 from node.errors import LocalError
 
 _NETWORK = re.compile(r"[a-z0-9][a-z0-9.\-]{0,62}")
@@ -56,6 +57,18 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read the settings; `overrides` are the flags (None: not given). Raises LocalError naming the key."""
     values = {**_from_file(path), **_from_environment(), **_given(overrides or {})}
     return replace(Config(), **values)
+
+
+def stored(path: Path) -> Config:
+    """What the file alone says, whatever the flags and the environment are; raises LocalError."""
+    return replace(Config(), **_from_file(path))
+
+
+def remember(path: Path, ticket: Ticket) -> None:
+    """Put a ticket's network and addresses into the settings, for every start from now on."""
+    settings = stored(path)
+    addresses = dict.fromkeys((*settings.bootstrap, *ticket.addresses))
+    save(replace(settings, network=ticket.network, bootstrap=tuple(addresses)), path)
 
 
 def save(config: Config, path: Path) -> None:

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -331,19 +330,12 @@ def _joiner(
             except WeftError as error:
                 last = error
                 continue
-            remember(home, ticket)
+            config.remember(home.config, ticket)
             tasks.add(stay_connected(network, (address,)))
             return
         raise last or Unreachable("the ticket names no address", hint="ask for a new one: weft invite")
 
     return join
-
-
-def remember(home: Home, ticket: Ticket) -> None:
-    """Put a ticket's network and addresses into the settings, for every start from now on."""
-    settings = config.load(home.config)
-    addresses = dict.fromkeys((*settings.bootstrap, *ticket.addresses))
-    config.save(replace(settings, network=ticket.network, bootstrap=tuple(addresses)), home.config)
 
 
 class _Tasks:

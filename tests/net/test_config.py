@@ -9,7 +9,9 @@ import typer
 from node import app, config, daemon
 from node.cli.main import app as command
 from node.config import Config
+from node.domain.ticket import Ticket
 from node.errors import LocalError
+from node.home import Home
 from node.identity import keyring
 
 ALL = Config(
@@ -42,6 +44,18 @@ def test_a_flag_beats_the_environment_which_beats_the_file(
     told = config.load(path, {"announce": None}).announce
     assert told == ("/ip4/192.0.2.8/tcp/1", "/ip4/192.0.2.8/tcp/2")
     assert config.load(path, {"announce": ["/ip4/192.0.2.9/tcp/3"]}).announce == ("/ip4/192.0.2.9/tcp/3",)
+
+
+def test_the_environment_stays_out_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(tmp_path)
+    monkeypatch.setenv("WEFT_NETWORK", "envnet")
+    monkeypatch.setenv("WEFT_PEER_API", "127.0.0.1:1")
+    app.initialise(home, now=1.8e9)
+    assert config.load(home.config).network == "envnet"
+    assert config.stored(home.config) == Config()
+    address = "/ip4/192.0.2.1/tcp/9350"
+    config.remember(home.config, Ticket(network="theirs", addresses=(address,)))
+    assert config.stored(home.config) == Config(network="theirs", bootstrap=(address,))
 
 
 @pytest.mark.parametrize("address", ["192.0.2.7:9350", "/ip4/192.0.2.7/tcp/9350/p2p/12D3KooW"])
