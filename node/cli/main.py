@@ -76,12 +76,14 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(words + rest, prog_name="weft", standalone_mode=False)
     except typer.Exit as stop:
-        return stop.exit_code
+        code = stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        hint = "weft merge RECIPE -o DIR --resume" if "merge" in words else "weft jobs ls"
-        return _fail("interrupted", hint, EXIT_INTERRUPTED, "interrupted")
+        code = EXIT_INTERRUPTED
     except Exception as error:
         return _explain(error)
+    if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+        hint = "weft merge RECIPE -o DIR --resume" if "merge" in words else "weft jobs ls"
+        return _fail("interrupted", hint, EXIT_INTERRUPTED, "interrupted")
     return code if isinstance(code, int) else 0
 
 

@@ -6,8 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -315,3 +318,62 @@ def test_verbs_that_hash_sign_and_ask_load_neither_torch_nor_a_server(workplace:
     for words, code in (("init", 0), ("add math", 0), ("plan recipe.yml", 0), ("status", 3), ("ls", 0)):
         found = loaded(*words.split())
         assert found == f"loaded: [] {code}", (words, found)
+
+
+def started(*words: str) -> subprocess.Popen[str]:
+    """The real command in a session of its own, as a terminal gives it one."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "node.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(ask: Callable[[], bool]) -> None:
+    """Ask until it is so; fails after half a minute."""
+    deadline = time.monotonic() + 30
+    while not ask():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[str]:
+    """The processes whose parent this one is."""
+    return (Path("/proc") / str(pid) / "task" / str(pid) / "children").read_text().split()
+
+
+def test_an_interrupted_merge_says_how_to_go_on_and_does(weft, workplace: Path, expert) -> None:
+    for seed, name in enumerate(("base", "math", "code")):
+        shutil.rmtree(name)
+        expert(Path(name), seed, rows=1_000_000)
+    merge = started("merge", "recipe.yml", "-o", "out")
+    until(lambda: Path(".out.weft/plan.json").exists() and bool(children(merge.pid)))
+    (worker,) = children(merge.pid)
+    merge.send_signal(signal.SIGINT)
+    out, err = merge.communicate(timeout=30)
+
+    assert (merge.returncode, out) == (130, "") and "Traceback" not in err, err
+    assert err.endswith("error: interrupted\nnext:  weft merge RECIPE -o DIR --resume\n")
+    assert not (Path("/proc") / worker).exists() and not Path("out").exists()
+    assert weft("merge", "recipe.yml", "-o", "out").code == 1
+    resumed = weft("merge", "recipe.yml", "-o", "out", "--resume")
+    assert resumed.code == 0 and list(Path().glob(".*")) == []
+    assert resumed.out == weft("merge", "recipe.yml", "-o", "again").out
+
+
+def test_a_node_in_the_foreground_ends_with_ctrl_c(weft, workplace: Path) -> None:
+    weft("init")
+    node = started("up", "--listen", "/ip4/127.0.0.1/tcp/0", "--peer-api", "127.0.0.1:0")
+    until(lambda: weft("status").code == 0)
+    status = weft("status", "--json").data
+    assert status["pid"] == node.pid
+    assert all(address.endswith(f"/p2p/{status['peer_id']}") for address in status["addresses"])
+    assert weft("doctor", "--healthy").code == 0
+    assert weft("add", "math", "--json").data["announced"] is True
+    assert [found["name"] for found in weft("search", "--json").data["experts"]] == ["math"]
+    node.send_signal(signal.SIGINT)
+    out, err = node.communicate(timeout=30)
+    assert (node.returncode, out) == (0, "") and "up  stop with Ctrl-C" in err and "Traceback" not in err
+    assert weft("status").code == 3

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from node import app, config
 from node.cli import follow, main
 from node.config import Config
+from node.control import running
 from node.control.client import ControlClient
 from node.control.status import ControlError
 from node.domain.ids import PeerId
@@ -172,8 +173,11 @@ def _share(node: Node, models: Path, *names: str) -> None:
 
 
 def _end(home: Home) -> None:
-    if app.node_runs(home):
-        app.stop(home)
+    """Stop a node however a test has left it."""
+    found = running.find(home)
+    if found is not None:
+        os.kill(found.pid, signal.SIGKILL)
+        until(lambda: not session(found.pid))
 
 
 @pytest.fixture(scope="module")
