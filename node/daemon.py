@@ -118,7 +118,7 @@ async def running_node(
         gossip.start()
         Fingerprints(network, shelf).start()
         await stack.enter_async_context(network)
-        links = _links(network, book, exchange, certificate, clock)
+        links = _links(network, book, exchange, certificate)
         stack.push_async_callback(links.close)
         overlay = _overlay(home, identity, book, negotiation, links, shelf, clock)
         merging, jobs = _jobs(home, identity, overlay, gossip, store, clock)
@@ -221,7 +221,6 @@ def _links(
     book: AdvertBook,
     exchange: CredentialExchange,
     certificate: TlsCertificate,
-    clock: Clock,
 ) -> Links:
     async def reach(peer: PeerId) -> None:
         """Connect to a peer that is known from its advert; raises Unreachable."""
@@ -235,7 +234,7 @@ def _links(
                 log.info("peer %s does not answer at %s: %s", peer.short, address, error.why)
         raise Unreachable(f"peer {peer.short} does not answer at any address that it gave", hint="weft peers")
 
-    return Links(exchange, certificate, reach=reach, clock=clock)
+    return Links(exchange, certificate, reach=reach)
 
 
 def _overlay(

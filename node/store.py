@@ -2,7 +2,7 @@
 
 Adverts, agreements and jobs each own their tables here; a job journal beside a merge's output is the same
 file format. What the disk or another process does to the file is a LocalError. Rules: every change is one
-transaction; a schema never changes in place, a migration is added; a file written by a newer weft is left alone.
+transaction; a schema never changes in place, a migration is added; a file of a newer weft is left alone.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from node.domain.job import (
     Created,
     Event,
     Job,
+    JobState,
     Record,
     advance,
     begin,
@@ -32,6 +33,9 @@ from node.store import Store
 
 MAX_EVENT = 16 << 20
 """Bytes of one event; what is larger belongs into a file that the event names."""
+
+KEEP_ENDED = 1000
+_ENDED = tuple(state.value for state in JobState if state.ended)
 
 _held: set[tuple[str, int]] = set()
 _held_lock = threading.Lock()
@@ -118,10 +122,16 @@ class Journal:
 
     def unfinished(self) -> tuple[Job, ...]:
         """Every job that neither succeeded nor failed nor was cancelled, oldest first: what a crash left."""
-        found = self._store.rows(
-            "SELECT id FROM jobs WHERE state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED') ORDER BY row"
-        )
+        found = self._store.rows(f"SELECT id FROM jobs WHERE state NOT IN {_ENDED} ORDER BY row")
         return tuple(self.load(r["id"]) for r in found)
+
+    def trim(self, keep: int = KEEP_ENDED) -> int:
+        """Forget all but the newest jobs that have ended, with their events; returns how many went."""
+        return self._store.change(
+            f"DELETE FROM jobs WHERE state IN {_ENDED} AND row NOT IN"
+            f" (SELECT row FROM jobs WHERE state IN {_ENDED} ORDER BY row DESC LIMIT ?)",
+            keep,
+        )
 
     def running(self, job_id: str) -> bool:
         """Whether some process works on the job at this moment."""

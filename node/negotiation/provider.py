@@ -117,24 +117,14 @@ class Provider:
         row = self._store.row("SELECT bytes FROM served WHERE peer = ? AND day = ?", peer, _day(now))
         return int(row["bytes"]) if row else 0
 
-    def live(self) -> tuple[tuple[Agreement, int], ...]:
-        """Every agreement under which this node serves now, and the bytes sent so far."""
-        now = self._clock()
-        rows = self._store.rows(
-            "SELECT DISTINCT requester FROM negotiations WHERE provider = ? AND stage = 'agreed'",
-            self._key.peer_id,
-        )
-        found = [self._agreed(PeerId(row["requester"]), now) for row in rows]
-        return tuple((agreement, sent) for of_peer in found for _, agreement, sent in of_peer)
-
     def forget(self) -> None:
-        """Drop negotiations that are over, with nonces whose offers have expired, and old counts."""
+        """Drop negotiations of either side that are over, nonces of offers that expired, and old counts.
+
+        A job that was granted something keeps its own copy of the agreement.
+        """
         now = self._clock()
         with self._store.transaction():
-            self._store.change(
-                "DELETE FROM negotiations WHERE provider = ? AND expires_at <= ?",
-                *(self._key.peer_id, int(now)),
-            )
+            self._store.change("DELETE FROM negotiations WHERE expires_at <= ?", int(now))
             self._store.change("DELETE FROM served WHERE day < ?", _day(now) - KEEP_DAYS)
 
     def _facts(self, message: Signed) -> Facts:

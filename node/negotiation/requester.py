@@ -90,24 +90,23 @@ class Requester:
     def usable(
         self, provider: PeerId, *, purpose: Purpose, models: Sequence[ModelId], plan: Digest | None
     ) -> Concluded | None:
-        """An agreement that is still live and was made for exactly this: what a resumed job asks first."""
+        """The newest agreement that is live and was made for exactly this: what a resumed job asks first."""
         wanted, now = tuple(sorted(set(models))), self._clock()
-        for concluded in self.agreements():
-            agreement = concluded.agreement
-            asked = (agreement.provider, agreement.purpose, agreement.models, agreement.plan)
-            if asked == (provider, purpose, wanted, plan) and agreement.live(now):
-                return concluded
-        return None
-
-    def agreements(self) -> tuple[Concluded, ...]:
-        """Every agreement that this node asked for and still remembers, newest first."""
         rows = self._store.rows(
-            "SELECT answer FROM negotiations WHERE requester = ? AND stage = 'agreed' AND answer IS NOT NULL",
-            self._key.peer_id,
+            "SELECT answer FROM negotiations WHERE requester = ? AND provider = ? AND stage = 'agreed'"
+            " AND expires_at > ?",
+            *(self._key.peer_id, provider, int(now)),
         )
         envelopes = [Envelope.parse(bytes(row["answer"])) for row in rows]
         found = [Concluded(agreement=Agreement.parse(e.payload), envelope=e) for e in envelopes]
-        return tuple(sorted(found, key=lambda c: (-c.agreement.not_before, c.agreement.digest)))
+        fitting = [
+            concluded
+            for concluded in found
+            if (concluded.agreement.purpose, concluded.agreement.models, concluded.agreement.plan)
+            == (purpose, wanted, plan)
+            and concluded.agreement.live(now)
+        ]
+        return max(fitting, key=lambda c: c.agreement.not_before, default=None)
 
     def _checked(self, offer: Offer, data: bytes) -> Signed:
         """The provider's agreement to `offer`; raises Refused or PeerError."""

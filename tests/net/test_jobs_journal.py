@@ -28,6 +28,7 @@ from node.domain.job import (
 )
 from node.errors import LocalError
 from node.jobs.journal import Journal
+from node.store import Store
 
 CREATED = Created(kind=JobKind.MERGE, title="ties of three", request={"recipe": "merge_method: ties"})
 
@@ -81,6 +82,18 @@ def test_jobs_are_listed_newest_first_and_in_pages(journal: Journal) -> None:
         journal.find("a")
     with pytest.raises(LocalError, match="no job"):
         journal.load("zz")
+
+
+def test_of_the_jobs_that_have_ended_only_the_newest_are_kept(tmp_path: Path, journal: Journal) -> None:
+    for number in range(6):
+        journal.create(f"a{number}", CREATED, 1.0)
+    for number in (0, 2, 3, 5):
+        journal.append(f"a{number}", Ended(state=JobState.FAILED), 2.0)
+    assert journal.trim(keep=2) == 2 and journal.trim(keep=2) == 0
+    assert [job.id for job in journal.jobs()] == ["a5", "a4", "a3", "a1"]
+    store = Store(tmp_path / "node.db")
+    (left,) = store.rows("SELECT count(*) AS n, count(DISTINCT job) AS jobs FROM events")
+    assert (left["n"], left["jobs"]) == (6, 4)
 
 
 def test_only_one_works_on_a_job(tmp_path: Path, journal: Journal) -> None:

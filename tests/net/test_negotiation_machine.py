@@ -75,6 +75,12 @@ class World:
             banned=self.banned.__contains__,
         )
 
+    def live(self) -> tuple[tuple[Agreement, int], ...]:
+        """Every agreement under which Alice serves now, and the bytes sent so far."""
+        rows = self.store.rows("SELECT answer, sent FROM negotiations WHERE stage = 'agreed'")
+        found = ((read(row["answer"]).statement, int(row["sent"])) for row in rows)
+        return tuple((a, sent) for a, sent in found if isinstance(a, Agreement) and a.live(self.now))
+
     def nonce(self) -> str:
         self.draws += 1
         return f"{self.draws:032x}"
@@ -142,11 +148,11 @@ def test_an_agreement_entitles_to_its_models_only_for_its_time(world: World) -> 
     assert covered(world, peer=CAROL) is Reason.NOT_ENTITLED
     world.restart()
     assert covered(world) is None
-    assert world.provider.live() == ((agreement, 200),)
+    assert world.live() == ((agreement, 200),)
     world.now = agreement.expires_at
     assert covered(world) is Reason.NOT_ENTITLED
     world.provider.forget()
-    assert world.provider.live() == ()
+    assert world.live() == ()
 
 
 def test_a_proposal_that_only_the_provider_signed_entitles_to_nothing(world: World) -> None:
@@ -190,7 +196,7 @@ def test_an_agreement_that_the_requester_made_up_entitles_to_nothing(world: Worl
 )
 def test_an_offer_is_refused_with_its_reason(world: World, change: dict[str, object], reason: Reason) -> None:
     assert reason_of(world, world.offer(**change)) is reason
-    assert world.provider.live() == ()
+    assert world.live() == ()
 
 
 def test_the_policy_says_who_for_what_and_how_much(tmp_path: Path) -> None:
@@ -239,7 +245,7 @@ def test_the_same_words_again_change_nothing(world: World) -> None:
     world.send(accepted)
     assert world.send(sign(offer, BOB)) == first
     assert read(world.reply).signers == {ALICE.peer_id, BOB.peer_id}
-    assert len(world.provider.live()) == 1
+    assert len(world.live()) == 1
     other = replace(offer, purpose=Purpose.MIRROR)
     assert reason_of(world, other) is Reason.MALFORMED
     with pytest.raises(Refused) as refused:
@@ -295,7 +301,39 @@ def test_a_requester_believes_no_answer_to_something_else(world: World) -> None:
             bob.accept(offer, data)
     with pytest.raises(PeerError, match="lacks a signature"):
         bob.conclude(offer, answer)
-    assert bob.agreements() == () and other.nonce != offer.nonce
+    assert bob.usable(ALICE.peer_id, **about) is None  # type: ignore[arg-type]
+    assert other.nonce != offer.nonce
+
+
+def test_both_sides_forget_what_is_over(world: World) -> None:
+    bob = world.requester(BOB, "bob")
+    about = {"purpose": Purpose.MERGE, "models": [FREE], "plan": None}
+
+    def agree() -> Agreement:
+        offer, message = bob.offer(ALICE.peer_id, **about)  # type: ignore[arg-type]
+        accepted = bob.accept(offer, world.provider.respond(BOB.peer_id, message))
+        return bob.conclude(offer, world.provider.respond(BOB.peer_id, accepted)).agreement
+
+    first = agree()
+    world.now += 10
+    newest = agree()
+    usable = bob.usable(ALICE.peer_id, **about)  # type: ignore[arg-type]
+    assert usable is not None and usable.agreement == newest
+    ours = Store(world.folder / "bob.db")
+    tidy = Provider(
+        ours,
+        key=BOB,
+        network="demo",
+        experts={},
+        policy=world.rules,
+        clock=lambda: world.now,
+        banned=lambda peer: False,
+    )
+    for now, left in ((first.expires_at - 1, 2), (first.expires_at, 1), (newest.expires_at, 0)):
+        world.now = now
+        tidy.forget()
+        assert len(ours.rows("SELECT offer FROM negotiations")) == left
+    assert bob.usable(ALICE.peer_id, **about) is None  # type: ignore[arg-type]
 
 
 def test_two_nodes_agree_over_the_network(world: World) -> None:
@@ -488,7 +526,7 @@ class Bargaining(RuleBasedStateMachine):
         if reason is None:
             assert live and nbytes <= room and served + nbytes <= QUOTA
             self.served[key.peer_id, day] = served + nbytes
-            for agreement, sent in self.world.provider.live():
+            for agreement, sent in self.world.live():
                 self.sent[agreement.digest] = sent
         else:
             assert reason in (Reason.NOT_ENTITLED, Reason.QUOTA_EXCEEDED)
@@ -510,9 +548,9 @@ class Bargaining(RuleBasedStateMachine):
     @invariant()
     def only_what_both_signed_is_live(self) -> None:
         if hasattr(self, "world"):
-            live = {agreement.digest for agreement, _ in self.world.provider.live()}
+            live = {agreement.digest for agreement, _ in self.world.live()}
             assert live == {d for d, a in self.agreed.items() if a.live(self.world.now)}
-            for agreement, sent in self.world.provider.live():
+            for agreement, sent in self.world.live():
                 assert sent <= agreement.max_bytes
 
 
