@@ -366,13 +366,14 @@ def test_an_interrupted_merge_says_how_to_go_on_and_does(weft, workplace: Path, 
 def test_a_node_in_the_foreground_ends_with_ctrl_c(weft, workplace: Path) -> None:
     weft("init")
     node = started("up", "--listen", "/ip4/127.0.0.1/tcp/0", "--peer-api", "127.0.0.1:0")
-    until(lambda: weft("status").code == 0)
+    until(lambda: weft("status").code == 0 or node.poll() is not None)
     status = weft("status", "--json").data
     assert status["pid"] == node.pid
     assert all(address.endswith(f"/p2p/{status['peer_id']}") for address in status["addresses"])
     assert weft("doctor", "--healthy").code == 0
     assert weft("add", "math", "--json").data["announced"] is True
     assert [found["name"] for found in weft("search", "--json").data["experts"]] == ["math"]
+    assert weft("rm", "math").code == 0 and weft("search", "--json").data == {"experts": []}
     node.send_signal(signal.SIGINT)
     out, err = node.communicate(timeout=30)
     assert (node.returncode, out) == (0, "") and "up  stop with Ctrl-C" in err and "Traceback" not in err

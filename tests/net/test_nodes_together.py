@@ -451,3 +451,33 @@ def test_a_home_has_one_node_and_its_token_opens_it(world: World, weft: Weft) ->
     assert weft(erin, "down")[:2] == (0, {"schema": "weft.cli/v1", "ok": True, "data": {"stopped": True}})
     until(lambda: session(pid) == [])
     assert failed(weft, erin, "status")["exit_code"] == 3
+
+
+def test_verify_lets_the_node_fetch_the_parents_for_an_audit(world: World, merged: Data, weft: Weft) -> None:
+    frank = world.node("frank")
+    directory = merged["directory"]
+    assert failed(weft, frank, "verify", directory, "--audit", "full")["exit_code"] == 4
+    frank.up()
+    app.join(frank.home, world.bob.ticket())
+    frank.knows("base", "math", "code")
+    code, envelope, told = weft(frank, "verify", directory, "--audit", "full")
+    checks = {check["name"]: check for check in envelope["data"]["checks"]}
+    assert code == 0 and checks["audit"]["ok"] and "0 differ" in checks["audit"]["detail"]
+    assert "the node fetches it" in told
+    (job,) = follow.ask_all(frank.home, lambda node: node.jobs())
+    assert (job["kind"], job["state"]) == ("audit", "succeeded")
+    assert {item["purpose"] for item in job["agreements"]} == {"audit"}
+    assert {item["provider"] for item in job["agreements"]} == {world.alice.peer_id, world.bob.peer_id}
+    assert app.shelf(frank.home).experts() == ()
+
+
+def test_jobs_are_listed_and_found_by_the_beginning_of_their_id(
+    world: World, merged: Data, weft: Weft
+) -> None:
+    _, envelope, _ = weft(world.bob, "jobs", "ls")
+    (job,) = (each for each in envelope["data"]["jobs"] if each["id"] == merged["id"])
+    assert (job["kind"], job["state"], job["model_id"]) == ("merge", "succeeded", merged["model_id"])
+    code, envelope, _ = weft(world.bob, "jobs", "watch", merged["id"][:8])
+    assert code == 0 and envelope["data"] == job
+    assert weft(world.bob, "jobs", "cancel", merged["id"])[1]["data"]["state"] == "succeeded"
+    assert failed(weft, world.bob, "jobs", "watch", "nothing")["hint"] == "weft jobs ls"
