@@ -4,8 +4,7 @@
     ├── InvalidRecipe       the author of the recipe must change it
     ├── Unmergeable         these models do not go together: choose others
     ├── CorruptCheckpoint   the bytes are not what they claim: fetch or export them again
-    ├── CannotWrite         the disk is full, or something lies where the output belongs: make room
-    └── PlanMismatch        a re-execution gave other bytes than were claimed
+    └── CannotWrite         the disk is full, or something lies where the output belongs: make room
 
 The message is one line of why; `hint` names the next thing to do.
 """
@@ -40,7 +39,3 @@ class CorruptCheckpoint(MergeCoreError):
 
 class CannotWrite(MergeCoreError):
     """The disk or the place does not take a checkpoint."""
-
-
-class PlanMismatch(MergeCoreError):
-    """What was executed differs from what was claimed."""

@@ -41,7 +41,7 @@ from merge_core.functional import output_files
 from merge_core.journal import Finished, Journal
 from merge_core.operators import OPERATORS, arithmetic
 from merge_core.operators.base import Chunk, Traced
-from merge_core.plan import CHUNK_ELEMENTS, MergePlan, TensorPlan
+from merge_core.plan import CHUNK_ELEMENTS, THREADS, MergePlan, TensorPlan
 from merge_core.trace import Trace, close
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run(
     target: Path,
     *,
     journal: Path,
-    threads: int = 2,
+    threads: int = THREADS,
     on_progress: Progress | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Merged:
@@ -150,7 +150,7 @@ def audit(
     manifest: Manifest,
     leaves: LeafTable,
     *,
-    threads: int = 2,
+    threads: int = THREADS,
     on_progress: Progress | None = None,
 ) -> AuditReport:
     """Execute the plan again and compare every leaf, the Trace and the functional files with the claims.

@@ -38,7 +38,8 @@ CHUNK_ELEMENTS = 1 << 19
 """Elements that are in work at once per thread: whole leaves of every type that arithmetic is defined on."""
 
 _RUNTIME_BYTES = 300 << 20
-_THREADS = 2
+THREADS = 2
+"""Threads of a merge unless it is told otherwise."""
 
 # Keys that change what equal shapes mean, and keys that change it a little.
 _MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act")
@@ -207,7 +208,7 @@ class Draft:
         )
 
 
-def check(recipe: Recipe, headers: Mapping[str, ModelHeader], *, threads: int = _THREADS) -> Estimate:
+def check(recipe: Recipe, headers: Mapping[str, ModelHeader], *, threads: int = THREADS) -> Estimate:
     """Report everything that stands against a merge, and what it costs; never raises for a bad model."""
     resolved = _Resolution(recipe, headers)
     resolved.run()

@@ -11,7 +11,7 @@
     └── VerificationFailed   the bytes or signatures are not what they claim
 
 `why` is one line for the human, `hint` the next command to run, `exit_code` what the CLI ends with.
-Errors of merge_core (InvalidRecipe, Unmergeable, CorruptCheckpoint, PlanMismatch) keep their own tree;
+Errors of merge_core (InvalidRecipe, Unmergeable, CorruptCheckpoint, CannotWrite) keep their own tree;
 `exit_code_of` knows both.
 """
 
@@ -25,7 +25,6 @@ from merge_core.errors import (
     CorruptCheckpoint,
     InvalidRecipe,
     MergeCoreError,
-    PlanMismatch,
     Unmergeable,
 )
 from node.domain.reasons import Reason
@@ -117,7 +116,6 @@ _CORE_EXIT_CODES: dict[type[MergeCoreError], int] = {
     InvalidRecipe: 2,
     Unmergeable: 6,
     CorruptCheckpoint: 5,
-    PlanMismatch: 5,
     CannotWrite: 7,
 }
 

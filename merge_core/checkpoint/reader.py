@@ -3,7 +3,6 @@
     Checkpoint      the open directory: tensors, config, raw bytes; nothing is verified but structure
     measure         one hashing pass over all bytes: the Manifest and the LeafTable
     VerifiedSource  the TensorSource that hashes every leaf again as it is read
-    finite          whether a run of bytes is free of NaN and infinities
 
 Positioned reads into reused buffers, not mmap: mapped pages count as memory of the process
 and were no faster.
@@ -22,9 +21,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-import numpy as np
-
-from merge_core.checkpoint import dtypes, merkle, published
+from merge_core.checkpoint import merkle, published
 from merge_core.checkpoint.header import PREFIX, Header, Span, header_length, parse_header
 from merge_core.checkpoint.manifest import (
     MAX_FUNCTIONAL_FILE,
@@ -104,11 +101,6 @@ class Checkpoint:
         while self._files:
             os.close(self._files.popitem()[1])
         self._where.clear()
-
-    def span(self, tensor: str) -> tuple[str, Span]:
-        """The weight file that holds a tensor, and where in it. Raises KeyError on an unknown tensor."""
-        descriptor, span = self._where[tensor]
-        return next(name for name, fd in self._files.items() if fd == descriptor), span
 
     def read_bytes(self, tensor: str, offset: int, length: int, into: memoryview | None = None) -> memoryview:
         """Read `length` bytes of a tensor from `offset` on, into the start of `into` where it is given.
@@ -284,29 +276,6 @@ class VerifiedSource:
             buffer = memoryview(bytearray(max(length, merkle.LEAF_SIZE)))
             self._local.buffer = buffer
         return buffer
-
-
-# All bits of the exponent set means NaN or infinity; F8_E4M3 has no infinity, and one NaN of either sign.
-_EXPONENTS = {
-    "F64": 0x7FF0_0000_0000_0000,
-    "F32": 0x7F80_0000,
-    "F16": 0x7C00,
-    "BF16": 0x7F80,
-    "F8_E5M2": 0x7C,
-    "F8_E4M3": 0x7F,
-}
-
-
-def finite(data: bytes | bytearray | memoryview, dtype: str) -> bool:
-    """Say whether little-endian elements hold neither NaN nor infinity; integers never do.
-
-    `data` must be whole elements, as every leaf is; needs a temporary of the same size.
-    """
-    if dtype not in _EXPONENTS or len(data) == 0:
-        return True
-    mask = _EXPONENTS[dtype]
-    bits = np.frombuffer(data, dtype=f"<u{dtypes.SIZES[dtype]}")
-    return int((bits & mask).max()) != mask
 
 
 def parse_config(data: bytes) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from node.domain.reasons import Reason
 from node.errors import LocalError, Refused, VerificationFailed, of_system
 from node.identity.binding import MAX_BINDING, PUBLISHER_FILE, Binding
 from node.identity.keyring import Identity
-from node.provenance import oms
+from node.provenance import attest, oms
 from node.provenance.sketch import sign
 
 SIGNATURE = "model.sig"
@@ -204,7 +204,7 @@ class Shelf:
             kept = binding is not None
             if binding is None:
                 binding = identity.binding
-                _sign(stage / MODEL, identity, measured.manifest)
+                attest.publish(stage / MODEL, identity, measured.manifest)
             expert = self._describe(
                 stage,
                 measured,
@@ -435,12 +435,6 @@ class Shelf:
             yield
         finally:
             os.close(descriptor)
-
-
-def _sign(model: Path, identity: Identity, manifest: Manifest) -> None:
-    _write(model / MANIFEST, manifest.to_bytes())
-    _write(model / PUBLISHER_FILE, identity.binding.to_bytes())
-    oms.sign_directory(model, identity.publisher)
 
 
 def _verified(model: Path, manifest: Manifest) -> Binding:

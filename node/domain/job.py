@@ -22,7 +22,6 @@ class JobKind(StrEnum):
     MERGE = "merge"
     FETCH = "fetch"
     AUDIT = "audit"
-    ADD = "add"
 
 
 class JobState(StrEnum):

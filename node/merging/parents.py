@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -58,11 +58,10 @@ class OnDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obtained:
-    """Every parent on disk, under which agreements it came, and what each peer sent (bytes, seconds)."""
+    """Every parent on disk, and under which agreements they came."""
 
     parents: Mapping[ModelId, OnDisk]
     agreements: tuple[Envelope, ...] = ()
-    received: Mapping[PeerId, tuple[int, float]] = field(default_factory=dict)
 
 
 class ParentSource(Protocol):

@@ -213,6 +213,11 @@ def read_claims(path: Path) -> Iterator[Claim]:
             yield found
 
 
+def claims_about(path: Path, model_id: ModelId) -> tuple[Claim, ...]:
+    """The claims of a file that hold and speak of one model, in order."""
+    return tuple(found for found in read_claims(path) if found.verdict.model_id == model_id)
+
+
 def _read(value: Any) -> Verdict:
     predicate = value["predicate"]
     audit = predicate["weftAudit"]

@@ -18,7 +18,6 @@ from merge_core.errors import (
     CorruptCheckpoint,
     InvalidRecipe,
     MergeCoreError,
-    PlanMismatch,
     Unmergeable,
 )
 from node.errors import LimitReached, LocalError, UsageError, VerificationFailed, WeftError, of_system
@@ -36,7 +35,6 @@ ERRORS: dict[str, type[MergeCoreError] | type[WeftError]] = {
         InvalidRecipe,
         Unmergeable,
         CorruptCheckpoint,
-        PlanMismatch,
         CannotWrite,
         LocalError,
         UsageError,

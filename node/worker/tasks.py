@@ -6,9 +6,9 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
     zoo          {directory, seed, size}                       -> {base, experts: {domain: directory}}
     evaluate     {models: {name: directory}, domains, split?, limit?} -> {scores: {name: {domain: share}}}
     fingerprint  {input, output}                               -> {digest, size}
-    merge        {plan, inputs, target, journal, output, threads?}
+    merge        {plan, inputs, target, journal, output}
                  -> {model_id, manifest, leaves, trace}
-    audit        {plan, trace, inputs, manifest, leaves, threads?}
+    audit        {plan, trace, inputs, manifest, leaves}
                  -> {checked, failed: [[tensor, leaf]], failures, trace_ok, files_ok}
 
 An `input` is {directory, manifest, leaves}: a checkpoint, and the paths of its manifest and leaf table;
@@ -34,7 +34,6 @@ from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
 from node.worker.messages import Emit
 
-_THREADS = 2
 _MAX_LISTED = 1_000
 
 Request = dict[str, Any]
@@ -99,7 +98,6 @@ def merge(request: Request, emit: Emit) -> Result:
             donor_files,
             Path(request["target"]),
             journal=Path(request["journal"]),
-            threads=request.get("threads", _THREADS),
             on_progress=_counter(emit, "merge", plan.output_bytes),
         )
     output = Path(request["output"])
@@ -128,7 +126,6 @@ def audit(request: Request, emit: Emit) -> Result:
             donor_files,
             manifest,
             leaves,
-            threads=request.get("threads", _THREADS),
             on_progress=_counter(emit, "audit", plan.output_bytes),
         )
     return {

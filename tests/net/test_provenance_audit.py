@@ -12,7 +12,7 @@ from securesystemslib.signer import SSlibKey
 
 from merge_core import execute
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
-from merge_core.digest import Digest, canonical, sha256
+from merge_core.digest import Digest, ModelId, canonical, sha256
 from node.errors import VerificationFailed
 from node.identity.binding import bind
 from node.identity.envelopes import seal
@@ -136,9 +136,15 @@ def test_a_key_out_of_its_time_audits_nothing(pristine) -> None:
         Claim.parse(audit.claim(passing(pristine).verdict, late).to_bytes())
 
 
+@pytest.fixture(scope="module")
+def line(pristine) -> bytes:
+    """A claim, signed once: no two signatures are equally long."""
+    return passing(pristine).to_bytes()
+
+
 @given(data=st.data())
-def test_no_bit_of_a_claim_can_be_flipped(pristine, data: st.DataObject) -> None:
-    line = bytearray(passing(pristine).to_bytes())
+def test_no_bit_of_a_claim_can_be_flipped(line: bytes, data: st.DataObject) -> None:
+    line = bytearray(line)
     line[data.draw(st.integers(0, len(line) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(VerificationFailed):
         Claim.parse(bytes(line))
@@ -153,6 +159,16 @@ def test_a_torn_or_foreign_line_spoils_no_other(pristine, tmp_path: Path) -> Non
         file.write(b"x" * 600_000 + b"\n" + b'{"version":1}\n' + claim.to_bytes()[:100])
     audit.append(path, claim)
     assert list(audit.read_claims(path)) == [claim, claim]
+
+
+def test_the_claims_about_a_model_are_those_that_hold_and_name_it(pristine, tmp_path: Path) -> None:
+    path = tmp_path / "claims.jsonl"
+    claim = passing(pristine)
+    other = ModelId(sha256(b"another model"))
+    audit.append(path, audit.claim(replace(claim.verdict, model_id=other), pristine.owner))
+    audit.append(path, claim)
+    assert audit.claims_about(path, claim.verdict.model_id) == (claim,)
+    assert audit.claims_about(tmp_path / "none", other) == ()
 
 
 def test_securesystemslib_verifies_a_verdict(pristine) -> None:
