@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from merge_core import recipe as recipes
+from merge_core.digest import Digest
 from merge_core.errors import MergeCoreError
 from node.catalog.book import AdvertBook, Query
 from node.catalog.gossip import Gossip
@@ -143,6 +144,8 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
 
     async def StartGet(self, request: pb.StartGetRequest, context: Any) -> pb.StartGetResponse:
         model_id = self._one_model(request.model_id)
+        if request.publisher:
+            _publisher(request.publisher)
         created = Created(
             kind=JobKind.FETCH,
             title=model_id,
@@ -316,6 +319,13 @@ def _page(found: list[Any], request: Any) -> tuple[list[Any], str]:
 
 def _page_size(request: Any) -> int:
     return min(MAX_PAGE, request.page_size) if request.page_size > 0 else MAX_PAGE
+
+
+def _publisher(text: str) -> Digest:
+    try:
+        return Digest(text)
+    except ValueError as error:
+        raise UsageError(f"not a publisher key id: {error}", hint="weft --json search") from error
 
 
 def _ticket(text: str) -> Ticket:

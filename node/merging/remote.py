@@ -194,7 +194,8 @@ class Acquisition:
         found = self._overlay.listings(model_id)
         listings = tuple(item for item in found if publisher in (None, item.model.publisher))
         if not listings:
-            raise NotEnoughPeers(f"nobody advertises {model_id}", hint="weft search; weft peers")
+            signed = f" as signed by {publisher}" if publisher else ""
+            raise NotEnoughPeers(f"nobody advertises {model_id}{signed}", hint="weft search; weft peers")
         return _Wanted(model_id=model_id, listings=listings)
 
     async def _agree(

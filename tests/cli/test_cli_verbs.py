@@ -131,9 +131,9 @@ def test_the_merged_weights_are_those_of_the_formula(made: Made) -> None:
 def test_signing_does_not_change_the_model_and_makes_it_verifiable(made: Made, weft) -> None:
     assert made.signed["model_id"] == made.unsigned and made.signed["signed"] is True
     assert weft("verify", made.folder / "signed").code == 0
-    checks = weft("verify", made.folder / "unsigned", "--json").data["checks"]
-    (signature,) = (check for check in checks if check["name"] == "signature")
-    assert signature["ok"] is None and "weft init" in signature["detail"]
+    refused = weft("verify", made.folder / "unsigned", "--json").error
+    assert (refused["exit_code"], "nobody signed" in refused["why"]) == (5, True)
+    assert refused["hint"].endswith("unsigned --audit full")
     key = Path("key.pem")
     key.write_text(publisher_key(made))
     assert weft("verify", made.folder / "signed", "--publisher", key).code == 0
@@ -145,6 +145,12 @@ def test_a_full_audit_executes_the_merge_again(made: Made, owner) -> None:
     checks = {check["name"]: check for check in report["checks"]}
     assert re.fullmatch(r"4 leaves computed again, 0 differ", checks["audit"]["detail"])
     assert {name for name, check in checks.items() if not check["ok"]} <= {"known publisher"}, checks
+
+
+def test_a_full_audit_of_an_unsigned_merge_says_what_it_is_worth(made: Made, owner) -> None:
+    report = owner("verify", made.folder / "unsigned", "--audit", "full", "--json").data
+    checks = {check["name"]: check["ok"] for check in report["checks"]}
+    assert checks["audit"] is True and checks["signature"] is None
 
 
 def test_an_audit_without_the_parents_names_what_is_missing(made: Made, weft) -> None:

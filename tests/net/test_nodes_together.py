@@ -409,6 +409,9 @@ def test_what_nobody_holds_is_told_and_leaves_nothing(world: World, weft: Weft, 
             assert error["exit_code"] == 4 and text.rpartition("/")[2] in error["why"], error
         assert sorted(tmp_path.iterdir()) == before
     assert failed(weft, world.bob, "get", "ghost")["hint"] == "weft search"
+    for publisher, code in ((some, 4), ("me", 2)):
+        error = failed(weft, world.bob, "get", "closed", "--publisher", publisher)
+        assert error["exit_code"] == code and publisher in error["why"]
     known = world.bob.search()["closed"]["model_id"]
     (tmp_path / "recipe.yml").write_text(recipe(math=f"peer://{STRANGER}/{known}"))
     assert failed(weft, world.bob, "merge", "recipe.yml", "-o", "out")["exit_code"] == 4
