@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from merge_core.digest import Digest, ModelId
 from node.domain.ids import PeerId
-from node.domain.negotiation import Agreement, Offer, Refusal
+from node.domain.negotiation import Agreement, Offer, Purpose, Refusal
 from node.domain.reasons import Reason
 from node.negotiation.messages import Signed
 from node.negotiation.policy import Policy
@@ -137,6 +137,8 @@ def _form(offer: Offer, signers: frozenset[PeerId], facts: Facts) -> tuple[Reaso
         return Reason.EXPIRED, "the offer is dated in the future: compare the clocks"
     if facts.nonce_of not in (None, offer.digest):
         return Reason.MALFORMED, "the nonce was used for another offer"
+    if offer.plan is None and offer.purpose is not Purpose.MIRROR:
+        return Reason.MALFORMED, f"an offer for {offer.purpose} names its plan"
     return None
 
 

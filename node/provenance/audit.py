@@ -117,7 +117,7 @@ class Verdict:
             # Every field that was not read, or was read as something else, makes a difference here.
             if verdict.to_bytes() != data:
                 raise ValueError("it says more than an audit does, or another result than its counts")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise VerificationFailed(f"not the verdict of an audit: {error}") from error
         except (OverflowError, OSError, RecursionError) as error:
             raise VerificationFailed(f"not the verdict of an audit: {error}") from error

@@ -31,6 +31,7 @@ from node.store import Store
 NOW = 1_760_000_000
 ALICE, BOB, CAROL = (HostKey.from_private_bytes(bytes([n]) * 32) for n in range(1, 4))
 FREE, PAID, ABSENT = (ModelId(sha256(name)) for name in (b"free", b"paid", b"absent"))
+PLAN = sha256(b"the plan")
 SIZE = 1 << 20
 
 
@@ -101,7 +102,7 @@ class World:
             provider=ALICE.peer_id,
             purpose=Purpose.MERGE,
             models=(FREE,),
-            plan=None,
+            plan=PLAN,
             nonce=self.nonce(),
             issued_at=int(self.now),
             expires_at=int(self.now) + 60,
@@ -191,12 +192,18 @@ def test_an_agreement_that_the_requester_made_up_entitles_to_nothing(world: Worl
         ({"issued_at": NOW - 120, "expires_at": NOW}, Reason.EXPIRED),
         ({"issued_at": NOW + 1000, "expires_at": NOW + 1060}, Reason.EXPIRED),
         ({"models": (ABSENT,)}, Reason.UNKNOWN_MODEL),
+        ({"plan": None}, Reason.MALFORMED),
+        ({"plan": None, "purpose": Purpose.AUDIT}, Reason.MALFORMED),
         ({"models": tuple(sorted((FREE, PAID)))}, Reason.LICENCE_NOT_GRANTED),
     ],
 )
 def test_an_offer_is_refused_with_its_reason(world: World, change: dict[str, object], reason: Reason) -> None:
     assert reason_of(world, world.offer(**change)) is reason
     assert world.live() == ()
+
+
+def test_a_mirror_has_no_plan_to_name(world: World) -> None:
+    assert world.agree(world.offer(purpose=Purpose.MIRROR, plan=None)).plan is None
 
 
 def test_the_policy_says_who_for_what_and_how_much(tmp_path: Path) -> None:
@@ -280,7 +287,7 @@ def test_junk_is_refused_as_malformed(world: World, junk: bytes) -> None:
 
 def test_a_requester_believes_no_answer_to_something_else(world: World) -> None:
     bob = world.requester(BOB, "bob")
-    about = {"purpose": Purpose.MERGE, "models": [FREE], "plan": None}
+    about = {"purpose": Purpose.MERGE, "models": [FREE], "plan": PLAN}
     offer, message = bob.offer(ALICE.peer_id, **about)  # type: ignore[arg-type]
     other, other_message = bob.offer(ALICE.peer_id, **about)  # type: ignore[arg-type]
     answer = world.provider.respond(BOB.peer_id, message)
@@ -307,7 +314,7 @@ def test_a_requester_believes_no_answer_to_something_else(world: World) -> None:
 
 def test_both_sides_forget_what_is_over(world: World) -> None:
     bob = world.requester(BOB, "bob")
-    about = {"purpose": Purpose.MERGE, "models": [FREE], "plan": None}
+    about = {"purpose": Purpose.MERGE, "models": [FREE], "plan": PLAN}
 
     def agree() -> Agreement:
         offer, message = bob.offer(ALICE.peer_id, **about)  # type: ignore[arg-type]

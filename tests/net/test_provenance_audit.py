@@ -161,6 +161,18 @@ def test_a_torn_or_foreign_line_spoils_no_other(pristine, tmp_path: Path) -> Non
     assert list(audit.read_claims(path)) == [claim, claim]
 
 
+def test_a_signed_claim_about_nothing_spoils_no_other(pristine, tmp_path: Path) -> None:
+    path = tmp_path / "claims.jsonl"
+    claim = passing(pristine)
+    value = json.loads(claim.verdict.to_bytes())
+    value["subject"] = []
+    audit.append(
+        path, replace(claim, envelope=seal(PAYLOAD_TYPE, canonical(value), pristine.owner.publisher))
+    )
+    audit.append(path, claim)
+    assert list(audit.read_claims(path)) == [claim]
+
+
 def test_the_claims_about_a_model_are_those_that_hold_and_name_it(pristine, tmp_path: Path) -> None:
     path = tmp_path / "claims.jsonl"
     claim = passing(pristine)
