@@ -296,7 +296,7 @@ def _jobs(
     known = KnownPlaces(home.cache / "known", on_shelf)
     parents = NetworkParents(overlay, LocalParents(overlay.hashes, known, Path("/")))
     merging = Merging(parents, identity, clock=clock, known=known, publish=publish)
-    auditing = Auditing(parents, overlay.hashes, identity, claims=home.claims, clock=clock)
+    auditing = Auditing(parents, identity, claims=home.claims, clock=clock)
     work: dict[JobKind, Work] = {
         JobKind.MERGE: merging.merge,
         JobKind.FETCH: FetchWork(overlay, gossip),

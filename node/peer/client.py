@@ -1,13 +1,17 @@
 """One peer's Peer service from the other side: what node.exchange calls a Holder.
 
 The connection is pinned: the only certificate that its TLS accepts is the one that the peer handed over on
-the authenticated libp2p stream. What arrives is unchecked; whoever asked for it checks it.
+the authenticated libp2p stream. Where a call cannot get through, or is refused because the peer has forgotten
+us, certificates are exchanged again and the call is made once more, unless it has brought something already.
+What arrives is unchecked; whoever asked for it checks it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +20,8 @@ import grpc
 from merge_core.checkpoint.merkle import LEAF_SIZE
 from node.domain.holding import ByteRange, Holding, ModelRef
 from node.domain.ids import PeerId
-from node.errors import PeerError
+from node.domain.reasons import Reason
+from node.errors import PeerError, Refused, Unreachable, WeftError
 from node.identity.certificates import TARGET_NAME, TlsCertificate
 from node.peer.status import error_of
 from node.peer.transport import OPTIONS, SERVICE
@@ -39,40 +44,65 @@ class Endpoint:
 
 
 class PeerClient:
-    """A peer that may hold models; `close` it when done. Calls raise Refused, PeerError or Unreachable."""
+    """A peer that may hold models; `close` it when done. Calls raise Refused, PeerError or Unreachable.
 
-    def __init__(self, endpoint: Endpoint, own: TlsCertificate, *, lanes: int = LANES) -> None:
+    `renew` exchanges certificates with the peer once more; without it what does not work stays so.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        own: TlsCertificate,
+        *,
+        lanes: int = LANES,
+        renew: Callable[[], Awaitable[Endpoint]] | None = None,
+    ) -> None:
         self.peer = endpoint.peer
         self.lanes = lanes
-        credentials = grpc.ssl_channel_credentials(endpoint.certificate, own.key_pem, own.pem)
-        options = (
-            *OPTIONS,
-            ("grpc.ssl_target_name_override", TARGET_NAME),
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.max_reconnect_backoff_ms", 2_000),
-        )
-        self._channels = [
-            grpc.aio.secure_channel(target(endpoint), credentials, options=options) for _ in range(lanes)
-        ]
-        self._turn = itertools.cycle(self._channels)
+        self._own = own
+        self._renew = renew
+        self._endpoint = endpoint
+        self._channels = self._open(endpoint)
+        self._turn = itertools.count()
+        self._running = 0
+        self._stale = False
+        self._renewing = asyncio.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs."""
+        return self._running > 0
+
+    async def ready(self) -> None:
+        """Exchange certificates again if a call did not get through; raises as that does.
+
+        Connections are made anew only to another port or certificate.
+        """
+        async with self._renewing:
+            if not self._stale or self._renew is None:
+                return
+            endpoint = await self._renew()
+            if not self._channels or _differ(endpoint, self._endpoint):
+                old, self._channels = self._channels, self._open(endpoint)
+                self._endpoint = endpoint
+                await _close(old)
+            self._stale = False
 
     async def close(self) -> None:
-        """Close the connections; calls that run are cancelled."""
-        for channel in self._channels:
-            await channel.close()
+        """Close the connections; calls that run become Unreachable."""
+        old, self._channels, self._stale = self._channels, [], True
+        await _close(old)
 
     async def describe(self, ref: ModelRef) -> Holding:
         """Ask which files the peer has of a model."""
-        call = self._channels[0].unary_unary(
-            f"/{SERVICE}/Describe",
-            request_serializer=pb.DescribeRequest.SerializeToString,
-            response_deserializer=pb.DescribeResponse.FromString,
-        )
+        await self.ready()
         try:
-            answer = await call(pb.DescribeRequest(model=wire.model_ref(ref)), timeout=DESCRIBE_DEADLINE)
-        except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
-        return wire.parse_holding(answer)
+            return await self._describe(ref)
+        except (Refused, Unreachable):
+            if not self._renewable:
+                raise
+        await self.ready()
+        return await self._describe(ref)
 
     def manifest(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         """Stream the canonical manifest."""
@@ -95,17 +125,95 @@ class PeerClient:
         return self._stream("ReadLeaves", wire.read_leaves_request(ref, ranges))
 
     async def _stream(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
+        """Stream an answer; ask once more after renewing, where nothing has come yet."""
+        for last in (False, True):
+            await self.ready()
+            begun = False
+            try:
+                async with aclosing(self._read(method, request)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                return
+            except (Refused, Unreachable):
+                if last or begun or not self._renewable:
+                    raise
+
+    async def _read(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
         serialize: Callable[[Any], bytes] = type(request).SerializeToString
-        call = next(self._turn).unary_stream(f"/{SERVICE}/{method}", request_serializer=serialize)(request)
+        with self._calling() as channel:
+            call = channel.unary_stream(f"/{SERVICE}/{method}", request_serializer=serialize)(request)
+            try:
+                while (piece := await call.read()) is not grpc.aio.EOF:
+                    if not piece or len(piece) > LEAF_SIZE:
+                        raise PeerError(f"a piece of {len(piece)} bytes; pieces have 1 byte to 1 MiB")
+                    yield piece
+            finally:
+                call.cancel()
+
+    async def _describe(self, ref: ModelRef) -> Holding:
+        with self._calling() as channel:
+            call = channel.unary_unary(
+                f"/{SERVICE}/Describe",
+                request_serializer=pb.DescribeRequest.SerializeToString,
+                response_deserializer=pb.DescribeResponse.FromString,
+            )
+            answer = await call(pb.DescribeRequest(model=wire.model_ref(ref)), timeout=DESCRIBE_DEADLINE)
+        return wire.parse_holding(answer)
+
+    @contextmanager
+    def _calling(self) -> Iterator[grpc.aio.Channel]:
+        """The channel whose turn it is, for one call whose errors become ours."""
         try:
-            while (piece := await call.read()) is not grpc.aio.EOF:
-                if not piece or len(piece) > LEAF_SIZE:
-                    raise PeerError(f"a piece of {len(piece)} bytes; pieces have 1 byte to 1 MiB")
-                yield piece
+            self._running += 1
+            if not self._channels:
+                raise Unreachable(f"the connection to peer {self.peer.short} was closed")
+            yield self._channels[next(self._turn) % len(self._channels)]
         except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
+            raise self._failed(error_of(error)) from error
+        except Unreachable as error:
+            self._failed(error)
+            raise
+        except asyncio.CancelledError as error:
+            # gRPC says so too when the channel is closed under a call: then nobody has cancelled us.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise self._failed(Unreachable(f"the connection to peer {self.peer.short} was closed")) from error
         finally:
-            call.cancel()
+            self._running -= 1
+
+    def _failed(self, error: WeftError) -> WeftError:
+        """Remember whether an error is of the kind that new certificates may mend."""
+        forgotten = isinstance(error, Refused) and error.reason is Reason.PEER_NOT_ALLOWED
+        self._stale = self._stale or forgotten or isinstance(error, Unreachable)
+        return error
+
+    @property
+    def _renewable(self) -> bool:
+        return self._stale and self._renew is not None
+
+    def _open(self, endpoint: Endpoint) -> list[grpc.aio.Channel]:
+        credentials = grpc.ssl_channel_credentials(endpoint.certificate, self._own.key_pem, self._own.pem)
+        options = (
+            *OPTIONS,
+            ("grpc.ssl_target_name_override", TARGET_NAME),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
+        )
+        return [
+            grpc.aio.secure_channel(target(endpoint), credentials, options=options) for _ in range(self.lanes)
+        ]
+
+
+def _differ(one: Endpoint, other: Endpoint) -> bool:
+    """Whether two endpoints need different connections."""
+    return (one.certificate, target(one)) != (other.certificate, target(other))
+
+
+async def _close(channels: Sequence[grpc.aio.Channel]) -> None:
+    for channel in channels:
+        await channel.close()
 
 
 def target(endpoint: Endpoint) -> str:

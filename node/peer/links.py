@@ -1,26 +1,25 @@
-"""Connections to the data ports of other peers: made when they are needed, kept while they are good.
+"""Connections to the data ports of other peers: made when they are needed, renewed when they stop working.
 
-A link begins on the authenticated libp2p stream, where certificates change hands; it lasts about as long as
-the other side admits ours.
+A link begins on the authenticated libp2p stream, where certificates change hands. It has no end of its own:
+a client that cannot get through exchanges certificates again by itself (`PeerClient.ready`), so whoever works
+with one need not mind that the peer was restarted or has forgotten us. Only idle clients are closed, the
+least recently asked for, when there are too many.
 """
 
 from __future__ import annotations
 
-import asyncio
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from functools import partial
 
 from node.domain.ids import PeerId
 from node.identity.certificates import TlsCertificate
-from node.peer.admitted import LIFETIME
-from node.peer.client import PeerClient
+from node.locks import KeyedLocks
+from node.peer.client import Endpoint, PeerClient
 from node.peer.credentials import CredentialExchange
 
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    client: PeerClient
-    expires: float
+LIMIT = 64
+"""Clients that are kept open while nobody uses them."""
 
 
 class Links:
@@ -32,38 +31,45 @@ class Links:
         own: TlsCertificate,
         *,
         reach: Callable[[PeerId], Awaitable[None]],
-        clock: Callable[[], float],
+        limit: int = LIMIT,
     ) -> None:
         self._credentials = credentials
         self._own = own
         self._reach = reach
-        self._clock = clock
-        self._links: dict[PeerId, _Link] = {}
-        self._lock = asyncio.Lock()
+        self._limit = limit
+        self._clients: OrderedDict[PeerId, PeerClient] = OrderedDict()
+        self._locks: KeyedLocks[PeerId] = KeyedLocks()
 
     async def to(self, peer: PeerId) -> PeerClient:
-        """A client for a peer's data port; raises Unreachable, Refused or PeerError."""
-        async with self._lock:
-            link = self._links.get(peer)
-            if link is not None and link.expires > self._clock():
-                return link.client
-            if link is not None:
-                await link.client.close()
-            await self._reach(peer)
-            client = PeerClient(await self._credentials.ask(peer), self._own)
-            self._links[peer] = _Link(client, self._clock() + LIFETIME / 2)
-            return client
+        """A client for a peer's data port; raises Unreachable, Refused or PeerError.
 
-    async def drop(self, peer: PeerId) -> None:
-        """Forget a peer, which has gone or lied: the next `to` begins anew."""
-        async with self._lock:
-            link = self._links.pop(peer, None)
-        if link is not None:
-            await link.client.close()
+        A peer that does not answer keeps nobody waiting who asks for another one.
+        """
+        async with self._locks.of(peer):
+            client = self._clients.get(peer)
+            if client is None:
+                client = PeerClient(await self._dial(peer), self._own, renew=partial(self._dial, peer))
+                self._clients[peer] = client
+            else:
+                await client.ready()
+            self._clients.move_to_end(peer)
+        await self._close_idle()
+        return client
 
     async def close(self) -> None:
         """Close every connection."""
-        async with self._lock:
-            links, self._links = list(self._links.values()), {}
-        for link in links:
-            await link.client.close()
+        clients, self._clients = list(self._clients.values()), OrderedDict()
+        for client in clients:
+            await client.close()
+
+    async def _dial(self, peer: PeerId) -> Endpoint:
+        await self._reach(peer)
+        return await self._credentials.ask(peer)
+
+    async def _close_idle(self) -> None:
+        for peer, client in list(self._clients.items()):
+            if len(self._clients) <= self._limit:
+                return
+            if not client.busy:
+                del self._clients[peer]
+                await client.close()

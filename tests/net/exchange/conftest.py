@@ -108,9 +108,16 @@ class World:
     nodes: list[Node] = field(default_factory=list)
     clients: list[PeerClient] = field(default_factory=list)
 
-    async def node(self, shelf: Any, server: Callable[..., PeerServer] = PeerServer, **options: Any) -> Node:
-        """Start a node that serves from `shelf`."""
-        host = keyring.HostKey.generate()
+    async def node(
+        self,
+        shelf: Any,
+        server: Callable[..., PeerServer] = PeerServer,
+        *,
+        host: keyring.HostKey | None = None,
+        **options: Any,
+    ) -> Node:
+        """Start a node that serves from `shelf`, with another certificate each time."""
+        host = host or keyring.HostKey.generate()
         certificate = make_certificate(host, time.time())
         ledger = Ledger()
         made: list[Node] = []
