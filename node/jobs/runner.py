@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from merge_core.errors import MergeCoreError
 from node.domain.job import Created, Ended, Entered, Event, Job, JobKind, JobState, Reached, Resumed
-from node.errors import LocalError, WeftError, exit_code_of
+from node.errors import LocalError, WeftError, exit_code_of, of_system
 from node.jobs.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,8 @@ async def perform(
 
 def describe(error: Exception) -> dict[str, Any]:
     """An error as a job keeps it: {kind, why, hint, exit_code, problems}."""
+    if isinstance(error, OSError) and error.errno is not None:
+        error = of_system(error)
     known = isinstance(error, WeftError | MergeCoreError)
     return {
         "kind": type(error).__name__,

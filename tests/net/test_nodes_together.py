@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import time
@@ -395,7 +396,7 @@ def failed(weft: Weft, node: Node, *words: object) -> Data:
     error: Data = envelope["error"]
     assert code == error["exit_code"] != 0 and envelope["ok"] is False
     assert f"error: {error['why']}\n" in told and told.endswith(f"next:  {error['hint']}\n")
-    assert "weft " in error["hint"]
+    assert re.search(r"(weft|ls|mkdir) ", error["hint"])
     return error
 
 
@@ -415,6 +416,18 @@ def test_what_nobody_holds_is_told_and_leaves_nothing(world: World, weft: Weft, 
     known = world.bob.search()["closed"]["model_id"]
     (tmp_path / "recipe.yml").write_text(recipe(math=f"peer://{STRANGER}/{known}"))
     assert failed(weft, world.bob, "merge", "recipe.yml", "-o", "out")["exit_code"] == 4
+
+
+def test_a_place_that_takes_no_model_is_named(world: World, weft: Weft) -> None:
+    error = failed(weft, world.bob, "merge", _written(recipe()), "-o", "/proc/out")
+    assert "/proc/.out" in error["why"] and "Errno" not in error["why"]
+    assert error["hint"].startswith("ls -ld /proc/") and error["exit_code"] == 1
+
+
+def _written(text: str) -> Path:
+    path = Path("recipe.yml")
+    path.write_text(text)
+    return path
 
 
 def test_models_that_do_not_fit_are_told_before_anything_is_fetched(
