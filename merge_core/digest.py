@@ -66,6 +66,12 @@ def parse_canonical(data: bytes) -> Any:
     return value
 
 
+def check_version(value: Any, version: int, what: str) -> None:
+    """Raise ValueError unless `value` is that very number: `true` equals 1, in bytes of another digest."""
+    if type(value) is not int or value != version:
+        raise ValueError(f"{what} version {str(value)[:20]}; this weft reads version {version}")
+
+
 def _refuse_floats(value: Any) -> None:
     if isinstance(value, float):
         raise TypeError(f"a float in digested JSON: {value!r}; write value.hex()")

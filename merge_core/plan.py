@@ -1,7 +1,7 @@
 """The MergePlan: a recipe resolved against checkpoints, with canonical bytes and a digest.
 
     check(recipe, headers)   every incompatibility at once, and what the merge will cost; needs headers only
-    draft(recipe, headers)   the same as a Draft, or Unmergeable
+    draft(recipe, headers)   a Draft with its Estimate, or Unmergeable
     draft.seal(model_ids)    the MergePlan: inputs by ModelId, every parameter of every tensor
 
 A plan names no holder and no path, so two people who write the same recipe over the same models get the same
@@ -25,7 +25,7 @@ from merge_core.checkpoint.manifest import MAX_DIMENSIONS, MAX_TENSORS, TENSOR_N
 from merge_core.checkpoint.reader import Checkpoint, architecture_of, file_record
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.config_keys import dropped
-from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
+from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical, sha256
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.operators import OPERATORS
 from merge_core.operators.base import Operator, Parameter, Value
@@ -196,6 +196,7 @@ class Draft:
     donor: int
     architecture: str
     tensors: tuple[TensorPlan, ...]
+    estimate: Estimate
 
     def seal(self, model_ids: Mapping[str, ModelId]) -> MergePlan:
         """The MergePlan; raises KeyError where the id of a reference is missing."""
@@ -212,6 +213,12 @@ def check(recipe: Recipe, headers: Mapping[str, ModelHeader], *, threads: int = 
     """Report everything that stands against a merge, and what it costs; never raises for a bad model."""
     resolved = _Resolution(recipe, headers)
     resolved.run()
+    return _estimate(recipe, headers, resolved, threads)
+
+
+def _estimate(
+    recipe: Recipe, headers: Mapping[str, ModelHeader], resolved: _Resolution, threads: int
+) -> Estimate:
     tensors = resolved.tensors
     models = recipe.models
     reading = peak = 0
@@ -250,6 +257,7 @@ def draft(recipe: Recipe, headers: Mapping[str, ModelHeader]) -> Draft:
         donor=models.index(recipe.donor),
         architecture=architecture_of(headers[recipe.donor].config),
         tensors=tuple(resolved.tensors),
+        estimate=_estimate(recipe, headers, resolved, THREADS),
     )
 
 
@@ -409,8 +417,7 @@ def _write(value: Value) -> Any:
 
 def _plan(value: Any) -> MergePlan:
     _keys(value, {"version", "inputs", "base", "donor", "architecture", "tensors"})
-    if value["version"] != 1:
-        raise ValueError(f"plan version {value['version']!r}; this weft reads version 1")
+    check_version(value["version"], 1, "plan")
     inputs = value["inputs"]
     if not isinstance(inputs, list) or not 1 <= len(inputs) <= MAX_MODELS + 1:
         raise ValueError("the list of inputs")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from merge_core.digest import Digest, canonical, parse_canonical, sha256
+from merge_core.digest import Digest, canonical, check_version, parse_canonical, sha256
 from merge_core.errors import CorruptCheckpoint
 from merge_core.operators.base import Traced
 from merge_core.plan import MergePlan, TensorPlan, trace_shape
@@ -54,8 +54,9 @@ class Trace:
             raise CorruptCheckpoint(f"a trace of {len(data)} bytes; at most {MAX_TRACE} are read")
         try:
             value = parse_canonical(data)
-            if not isinstance(value, dict) or set(value) != {"version", "tensors"} or value["version"] != 1:
-                raise ValueError("this weft reads version 1, with the key tensors")
+            if not isinstance(value, dict) or set(value) != {"version", "tensors"}:
+                raise ValueError("expected exactly the keys tensors and version")
+            check_version(value["version"], 1, "trace")
             claimed = value["tensors"]
             needed = [tensor for tensor in plan.tensors if trace_shape(tensor)]
             if not isinstance(claimed, dict) or claimed.keys() != {tensor.name for tensor in needed}:

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from merge_core.checkpoint import dtypes, merkle
-from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
+from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical, sha256
 from merge_core.errors import CorruptCheckpoint
 
 FUNCTIONAL_FILES = (
@@ -120,8 +120,7 @@ class Manifest:
         try:
             value = parse_canonical(data)
             _keys(value, {"version", "architecture", "files", "tensors", "tensorSetRoot"})
-            if value["version"] != 1:
-                raise ValueError(f"manifest version {value['version']!r}; this weft reads version 1")
+            check_version(value["version"], 1, "manifest")
             manifest = cls(
                 architecture=_text(value["architecture"], 128),
                 files=tuple(_file(item) for item in value["files"]),

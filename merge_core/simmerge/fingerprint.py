@@ -24,7 +24,7 @@ import numpy as np
 from merge_core.checkpoint import dtypes
 from merge_core.checkpoint.layout import Role, place
 from merge_core.checkpoint.source import TensorInfo, TensorSource
-from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
+from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical, sha256
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.simmerge.sketch import GroupSums, Vector, blocks, tree_sum
 
@@ -91,8 +91,7 @@ class Fingerprint:
         try:
             value = parse_canonical(data)
             _keys(value, {"version", "modelId", "width", "groups"})
-            if type(value["version"]) is not int or value["version"] != VERSION:
-                raise ValueError(f"version {value['version']!r}; this weft reads version {VERSION}")
+            check_version(value["version"], VERSION, "fingerprint")
             width = value["width"]
             if type(width) is not int or width not in _WIDTHS:
                 raise ValueError("width")

@@ -17,7 +17,7 @@ from typing import Any
 from merge_core.checkpoint.header import Span, read_header
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.published import survey
-from merge_core.digest import Digest, ModelId
+from merge_core.digest import Digest, ModelId, check_version
 from node.domain.advert import AdvertisedModel
 from node.domain.negotiation import Purpose
 
@@ -115,8 +115,7 @@ class Expert:
     @classmethod
     def from_json(cls, value: Any, folder: Path) -> Expert:
         """Read record.json; raises ValueError, TypeError or KeyError when it is damaged."""
-        if value["version"] != 1:
-            raise ValueError(f"record version {value['version']!r}")
+        check_version(value["version"], 1, "record")
         return cls(
             folder=folder,
             model_id=ModelId(value["model_id"]),

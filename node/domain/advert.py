@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
+from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical, sha256
 from node.domain import text
 from node.domain.ids import PeerId
 from node.domain.negotiation import Purpose
@@ -143,8 +143,7 @@ class Advert:
 
     @classmethod
     def _from_json(cls, value: dict[str, Any]) -> Advert:
-        if value["version"] != 1:
-            raise ValueError(f"advert version {str(value['version'])[:20]}; this weft reads version 1")
+        check_version(value["version"], 1, "advert")
         issued = text.integer(value["issuedAt"], "issuedAt")
         parts = text.integer(value["parts"], "parts", low=1, high=MAX_PARTS)
         part = text.integer(value["part"], "part", high=parts - 1)

@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
+from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical, sha256
 from node.domain import text
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
@@ -247,8 +247,7 @@ def _document(data: bytes, what: str, names: set[str]) -> dict[str, Any]:
         value = text.fields(parse_canonical(data), names | {"version"})
     except (TypeError, RecursionError) as error:
         raise ValueError(f"not an {what}: {error}") from error
-    if value["version"] != 1:
-        raise ValueError(f"{what} version {str(value['version'])[:20]}; this weft reads version 1")
+    check_version(value["version"], 1, what)
     return value
 
 

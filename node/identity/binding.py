@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from merge_core.digest import Digest, canonical, parse_canonical, sha256
+from merge_core.digest import Digest, canonical, check_version, parse_canonical, sha256
 from node.domain.ids import PeerId
 from node.errors import VerificationFailed
 from node.identity.envelopes import Envelope, open_envelope, seal
@@ -65,8 +65,9 @@ class Binding:
             if len(data) > MAX_BINDING:
                 raise ValueError(f"{len(data)} bytes; at most {MAX_BINDING} are read")
             value = parse_canonical(data)
-            if set(value) != {"version", "publicKey", "binding"} or value["version"] != 1:
-                raise ValueError("expected version 1 with publicKey and binding")
+            if set(value) != {"version", "publicKey", "binding"}:
+                raise ValueError("expected publicKey and binding")
+            check_version(value["version"], 1, "publisher record")
             publisher = PublicPublisherKey.from_pem(value["publicKey"])
             if publisher.public_pem != value["publicKey"]:
                 raise ValueError("the public key is not written as openssl writes it")
@@ -111,8 +112,7 @@ def _statement(publisher: PublicPublisherKey, envelope: Envelope) -> Binding:
     value = parse_canonical(envelope.payload)
     if set(value) != {"version", "peerId", "publisherKey", "notBefore", "notAfter", "previous"}:
         raise ValueError("the statement has other keys than a binding")
-    if value["version"] != 1:
-        raise ValueError(f"binding version {value['version']!r}; this weft reads version 1")
+    check_version(value["version"], 1, "binding")
     if value["publisherKey"] != publisher.key_id:
         raise ValueError("the statement binds another publisher key")
     return Binding(

@@ -28,7 +28,7 @@ from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CannotWrite, CorruptCheckpoint, MergeCoreError, Unmergeable
 from merge_core.functional import output_files
-from merge_core.plan import Draft, Estimate, MergePlan, check, draft
+from merge_core.plan import Estimate, MergePlan, draft
 from merge_core.recipe import Recipe
 from merge_core.trace import Trace
 from node.domain.job import JobState
@@ -80,12 +80,7 @@ class Merging:
         """Resolve a recipe from headers; raises Unmergeable with every incompatibility."""
         parents = await self._parents.find(recipe.models, attempt)
         _refuse_repeats(parents)
-        headers = {parent.reference: parent.header for parent in parents}
-        compiled: Draft = draft(recipe, headers)
-        ids: Mapping[str, ModelId] = {parent.reference: parent.model_id for parent in parents}
-        return Planned(
-            recipe=recipe, parents=parents, estimate=check(recipe, headers), plan=compiled.seal(ids)
-        )
+        return await asyncio.to_thread(_compile, recipe, parents)
 
     async def merge(self, attempt: Attempt) -> dict[str, Any]:
         """Do the job {recipe, directory, publish_as}; the result is {model_id, directory, signed}."""
@@ -162,6 +157,14 @@ def work_folder(target: Path) -> Path:
 def leftovers(target: Path) -> tuple[Path, ...]:
     """What an unfinished merge into `target` has left on the disk."""
     return tuple(path for path in (work_folder(target), partial_path(target)) if path.exists())
+
+
+def _compile(recipe: Recipe, parents: tuple[Parent, ...]) -> Planned:
+    """Resolve the recipe against its parents' headers, and name the plan."""
+    drafted = draft(recipe, {parent.reference: parent.header for parent in parents})
+    plan = drafted.seal({parent.reference: parent.model_id for parent in parents})
+    assert plan.digest  # kept with the plan: its bytes are many
+    return Planned(recipe=recipe, parents=parents, estimate=drafted.estimate, plan=plan)
 
 
 def _is_there(target: Path, plan: MergePlan) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from merge_core.digest import canonical, parse_canonical
+from merge_core.digest import canonical, check_version, parse_canonical
 from node.domain import text
 from node.domain.negotiation import AGREEMENT_TYPE, Agreement
 from node.errors import VerificationFailed
@@ -33,8 +33,7 @@ def parse(data: bytes) -> tuple[Agreement, ...]:
         raise VerificationFailed(f"{len(data)} bytes of agreements; at most {MAX_FILE} are read")
     try:
         value = text.fields(parse_canonical(data), {"version", "agreements"})
-        if value["version"] != 1:
-            raise ValueError("another version")
+        check_version(value["version"], 1, "agreements")
         envelopes = text.items(value["agreements"], MAX_AGREEMENTS, "agreements", Envelope.from_json)
         agreements = tuple(open_agreement(envelope) for envelope in envelopes)
         text.ascending([agreement.digest for agreement in agreements], "agreements")

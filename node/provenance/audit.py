@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.checkpoint.manifest import TENSOR_NAME
-from merge_core.digest import Digest, ModelId, canonical, parse_canonical
+from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical
 from node.domain import text
 from node.domain.ids import PeerId
 from node.errors import VerificationFailed
@@ -144,8 +144,7 @@ class Claim:
             raise VerificationFailed(f"a claim of {len(data)} bytes; at most {MAX_CLAIM} are read")
         try:
             value = text.fields(parse_canonical(data), {"version", "envelope", "auditor"})
-            if value["version"] != 1:
-                raise ValueError("another version")
+            check_version(value["version"], 1, "claim")
             auditor = Binding.parse(canonical(value["auditor"]))
         except (ValueError, TypeError, RecursionError) as error:
             raise VerificationFailed(f"not a claim: {error}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 
-from merge_core.digest import canonical, parse_canonical
+from merge_core.digest import canonical, check_version, parse_canonical
 from merge_core.errors import CorruptCheckpoint
 from merge_core.simmerge.fingerprint import MAX_FINGERPRINT, Fingerprint
 from node.domain import text
@@ -38,8 +38,7 @@ class SignedFingerprint:
             raise VerificationFailed(f"a fingerprint of {len(data)} bytes; at most {MAX_SIGNED} are read")
         try:
             value = text.fields(parse_canonical(data), {"version", "fingerprint", "publisher", "signature"})
-            if value["version"] != 1:
-                raise ValueError("another version")
+            check_version(value["version"], 1, "signed fingerprint")
             payload = canonical(value["fingerprint"])
             author = Binding.parse(canonical(value["publisher"]))
             signature = base64.b64decode(value["signature"], validate=True)

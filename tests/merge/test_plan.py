@@ -166,6 +166,7 @@ def test_the_estimate_says_what_the_merge_costs() -> None:
     estimate = check(parse(RECIPE), HEADERS)
     elements = 16 * 8 * 2 + 8 * 8 * 3 + 8
     assert estimate.problems == ()
+    assert draft(parse(RECIPE), HEADERS).estimate == estimate
     assert (estimate.tensors, estimate.output_bytes) == (6, 2 * elements)
     assert estimate.read_bytes == 4 * elements * (4 + 4 + 2)
     assert estimate.peak_ram_bytes < 400 << 20
@@ -186,6 +187,7 @@ def lies() -> list[tuple[str, Callable[[dict[str, Any]], object]]]:
 
     return [
         ("version", lambda p: p.update(version=2)),
+        ("version true", lambda p: p.update(version=True)),
         ("unknown key", lambda p: p.update(holder="here")),
         ("no inputs", lambda p: p.update(inputs=[])),
         ("bad id", lambda p: p["inputs"].__setitem__(0, "sha256:00")),
@@ -248,6 +250,7 @@ def test_a_trace_survives_its_bytes() -> None:
     "change",
     [
         lambda t: t.update(version=2),
+        lambda t: t.update(version=True),
         lambda t: t["tensors"].pop("lm_head.weight"),
         lambda t: t["tensors"].update(other={"threshold": [0, 0], "last": [0, 0]}),
         lambda t: t["tensors"]["lm_head.weight"].update(threshold=[0]),

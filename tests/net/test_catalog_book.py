@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from merge_core.digest import Digest, ModelId, sha256
+from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
 from node.catalog.book import FORGET_AFTER, START, AdvertBook, Outcome, Query, read
 from node.domain.advert import (
     MAX_ENVELOPE,
@@ -282,6 +282,12 @@ def test_adverts_are_told_page_by_page_each_once(book: AdvertBook) -> None:
         after = page[-1][0]
     assert tuple(paged) == whole
     assert book.envelopes(NOW + 5 + MAX_LIFETIME, limit=1)[0][0][0] == MALLORY.peer_id
+
+
+def test_true_is_no_version(book: AdvertBook) -> None:
+    document = parse_canonical(said(ALICE, 1).to_bytes())
+    with pytest.raises(ValueError, match="version True"):
+        Advert.parse(canonical(document | {"version": True}))
 
 
 hostile = st.recursive(

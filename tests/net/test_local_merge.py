@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from merge_core import recipe
+from merge_core import plan, recipe
 from merge_core.checkpoint.published import RECORD_FILES
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.checkpoint.writer import CheckpointWriter
@@ -195,6 +196,24 @@ def test_without_resume_an_interrupted_merge_is_not_touched(
         run()
     assert caught.value.hint.endswith("--resume")
     assert listing(tmp_path) == left
+
+
+def test_a_recipe_is_resolved_once_and_not_on_the_event_loop(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved: list[int] = []
+    walk = plan._Resolution.run
+
+    def run(self: Any) -> None:
+        resolved.append(threading.get_ident())
+        walk(self)
+
+    monkeypatch.setattr(plan._Resolution, "run", run)
+    parents = LocalParents(HashCache(None), KnownPlaces(tmp_path / "known", lambda _: None), models)
+    linear = recipe.parse(LINEAR.replace("WEIGHT", "1.0"))
+    planned = asyncio.run(Merging(parents, None, clock=lambda: 1.8e9).plan(linear))
+    assert len(resolved) == 1 and threading.get_ident() not in resolved
+    assert planned.estimate.tensors == len(planned.plan.tensors)
 
 
 def test_a_resume_beside_a_run_that_works_neither_writes_nor_removes_anything(
