@@ -46,7 +46,7 @@ def initialise(home: Home, *, now: float) -> Identity:
     """Make the identity and the configuration of a new node; raises LocalError where there is one."""
     from node import config
 
-    identity = keyring.create(home.identity, now)
+    identity = keyring.create(home.make().identity, now)
     if not home.config.exists():
         config.save(config.Config(), home.config)
     return identity
@@ -54,12 +54,12 @@ def initialise(home: Home, *, now: float) -> Identity:
 
 def identity(home: Home) -> Identity:
     """Who this node is; raises LocalError naming `weft init` where it is nobody yet."""
-    return keyring.load(home.identity)
+    return keyring.load(home.checked().identity)
 
 
 def identity_if_any(home: Home) -> Identity | None:
     """Who this node is, None before `weft init`; a damaged identity still raises LocalError."""
-    return keyring.load(home.identity) if home.identity.exists() else None
+    return keyring.load(home.checked().identity) if home.identity.exists() else None
 
 
 def ensure_initialised(home: Home) -> None:
@@ -178,7 +178,7 @@ def hashes(home: Home) -> HashCache:
     """What was hashed before on this machine."""
     from node.catalog.hashes import HashCache
 
-    return HashCache(home.cache / "hashes")
+    return HashCache(home.make().cache / "hashes")
 
 
 def shelf(home: Home) -> Shelf:
@@ -298,7 +298,6 @@ def audit_here(
         known.remember(local_parent(str(path), path.absolute(), hashes(home), None).model_id, path.absolute())
     auditing = Auditing(
         local_parents(home),
-        hashes(home),
         identity_if_any(home),
         claims=home.claims,
         clock=time.time,

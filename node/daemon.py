@@ -74,7 +74,7 @@ async def serve(home: Home, settings: Config, *, on_up: Callable[[], None], cloc
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    identity = keyring.load(home.identity)
+    identity = keyring.load(home.checked().identity)
     with running.alone(home):
         network = _network(settings, identity)
         async with running_node(home, settings, identity, network, stop=stop.set, clock=clock):

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import platformdirs
 
+from node.errors import LocalError
+
 
 @dataclass(frozen=True, slots=True)
 class Home:
@@ -28,6 +30,17 @@ class Home:
     def default(cls) -> Home:
         """`$WEFT_HOME`, else the platform's folder for application data."""
         return cls(Path(os.environ.get("WEFT_HOME") or platformdirs.user_data_dir("weft")).absolute())
+
+    def make(self) -> Home:
+        """Create the root for its owner alone; raises LocalError as `checked` does."""
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self.checked()
+
+    def checked(self) -> Home:
+        """This home, unless others can put another identity or policy in place: then LocalError."""
+        if self.root.is_dir() and self.root.stat().st_mode & 0o022:
+            raise LocalError(f"{self.root} can be written to by others", hint=f"chmod 700 {self.root}")
+        return self
 
     @property
     def config(self) -> Path:

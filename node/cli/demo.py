@@ -17,10 +17,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from node.cli import follow, render
-from node.cli.output import out, size, table
+from node.cli.output import escape, out, size, table
 from node.home import Home
 
 NODES = ("node 1", "node 2", "node 3")

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from node.cli import follow, render
-from node.cli.output import out, table
+from node.cli.output import escape, out, table
 
 if TYPE_CHECKING:
     from node.provenance.verify import Report
@@ -101,7 +101,7 @@ def id_import(file: Path, passphrase: Passphrase = "") -> None:
         data = file.read_bytes()
     except OSError as error:
         raise LocalError(f"{file} cannot be read: {error.strerror}", hint="weft id export FILE") from error
-    identity = keyring.import_(Home.default().identity, data, passphrase=passphrase)
+    identity = keyring.import_(Home.default().make().identity, data, passphrase=passphrase)
     out.result({"peer_id": identity.peer_id}, lambda console: console.print(identity.peer_id))
 
 
@@ -120,9 +120,11 @@ def add(
         added = app.add(home, directory, name=name, licence=licence, on_progress=on_progress)
     announced = app.announce_if_running(home)
     for item in added.left_out:
-        out.say(f"[yellow]left out[/] {item.name}: {item.why}")
+        out.say(f"[yellow]left out[/] {escape(item.name)}: {escape(item.why)}")
     if added.replaced:
-        out.say(f"[yellow]signed anew[/]: the signature that lay there does not hold ({added.replaced})")
+        out.say(
+            f"[yellow]signed anew[/]: the signature that lay there does not hold ({escape(added.replaced)})"
+        )
     if added.expert.licence == NO_LICENCE:
         out.say("[yellow]no licence[/]: peers are not granted it; state one with --licence SPDX")
     out.say("announced to the peers" if announced else "it is announced at the next: weft up")
@@ -174,6 +176,12 @@ def verify(
     if audit and report.ok:
         report = _audited(report, directory, parent or [])
     data = report.to_json()
+    if report.ok and report.publisher is None and not audit:
+        render.report(out.story_console, data)
+        raise VerificationFailed(
+            f"nobody signed {directory}: only executing the merge again tells what it is",
+            hint=f"weft verify {directory} --audit full",
+        )
     if report.ok:
         out.result(data, lambda console: render.report(console, data))
         return
@@ -200,7 +208,7 @@ def _audited(report: Report, directory: Path, parents: list[Path]) -> Report:
     except NotEnoughPeers as error:
         if not app.node_runs(home):
             raise
-        out.say(f"[dim]·[/] {error.why}: the node fetches it")
+        out.say(f"[dim]·[/] {escape(error.why)}: the node fetches it")
         found = follow.audit(home, directory)
     sentence = f"{found['checked']} leaves computed again, {found['failed']} differ"
     if found["passed"] or found["failed"]:

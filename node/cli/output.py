@@ -11,12 +11,17 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 SCHEMA = "weft.cli/v1"
 WIDE = 400
+
+
+def escape(text: str) -> str:
+    """Text that may come from anybody, for a terminal: neither our markup nor the terminal's commands."""
+    return markup.escape("".join(c if c.isprintable() else "\ufffd" for c in text))
 
 
 def _width(stream: TextIO) -> int | None:
@@ -52,9 +57,9 @@ class Output:
         if error.get("hint"):
             self.say(f"[bold]next:[/]  {escape(error['hint'])}")
 
-    def say(self, markup: str = "") -> None:
-        """Tell one line of the story, in rich markup."""
-        self.story_console.print(markup)
+    def say(self, words: str = "") -> None:
+        """Tell one line of the story, in rich markup; what others wrote is passed through `escape` first."""
+        self.story_console.print(words)
 
 
 out = Output()

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.tree import Tree
 
-from node.cli.output import Output, size, table
+from node.cli.output import Output, escape, size, table
 
 if TYPE_CHECKING:
     from node.catalog.expert import Expert

@@ -1,7 +1,7 @@
 """The audit job: execute a merge again from its parents, compare every leaf, and sign the verdict.
 
-The auditor's own copy of the parents is what counts, wherever it came from. Signatures are the business of
-`verify`: a verdict is about bytes.
+The directory must verify first, and is hashed anew: neither a cache nor an earlier look counts. The auditor's
+own copy of the parents is what is merged again, wherever it came from.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
+from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.published import read_bounded
-from merge_core.checkpoint.reader import Checkpoint
+from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.plan import MAX_PLAN, MergePlan
-from node.catalog.hashes import HashCache
 from node.domain.job import JobState
 from node.domain.negotiation import Purpose
 from node.errors import VerificationFailed
@@ -30,6 +29,7 @@ from node.provenance import audit as verdicts
 from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, TRACE_FILE
 from node.provenance.audit import Outcome
 from node.provenance.statement import PROVENANCE_FILE
+from node.provenance.verify import verify
 from node.worker import process
 
 
@@ -55,7 +55,6 @@ class Auditing:
     def __init__(
         self,
         parents: ParentSource,
-        hashes: HashCache,
         identity: Identity | None,
         *,
         claims: Path,
@@ -63,14 +62,13 @@ class Auditing:
     ) -> None:
         """Verdicts are appended to the file `claims`."""
         self._parents = parents
-        self._hashes = hashes
         self._identity = identity
         self._claims = claims
         self._clock = clock
 
     async def audit(self, attempt: Attempt, directory: Path) -> dict[str, Any]:
         """Audit a directory; the result is {model_id, directory, checked, failed, passed, statement}."""
-        claimed = await asyncio.to_thread(read_claimed, directory, self._hashes)
+        claimed = await asyncio.to_thread(read_claimed, directory, self._clock())
         attempt.reach("plan", claimed.plan.digest)
         parents = await self._parents.find(claimed.plan.inputs, attempt)
         obtained = await self._parents.obtain(parents, claimed.plan, Purpose.AUDIT, attempt)
@@ -125,25 +123,27 @@ class Auditing:
         return str(self._claims)
 
 
-def read_claimed(directory: Path, hashes: HashCache) -> Claimed:
-    """What a merged directory says of itself; raises VerificationFailed where it is no merge (blocking)."""
+def read_claimed(directory: Path, now: float) -> Claimed:
+    """What a merged directory says of itself, once it verifies; every byte is hashed anew (blocking).
+
+    Raises VerificationFailed where it is no merge or does not verify: a verdict must not vouch for a lie.
+    """
     for name in (PLAN_FILE, TRACE_FILE, MANIFEST_FILE):
         if not (directory / name).is_file():
             raise VerificationFailed(
                 f"{directory} is not a merge: it has no {name}", hint=f"weft lineage {directory}"
             )
-    manifest = Manifest.parse(read_bounded(directory / MANIFEST_FILE, MAX_MANIFEST))
+    report = verify(directory, now=now)
+    wrong = next((check for check in report.checks if check.ok is False), None)
+    if wrong is not None:
+        raise VerificationFailed(f"{wrong.name}: {wrong.detail}", hint=f"weft verify {directory}")
     with Checkpoint.open(directory) as checkpoint:
-        measured = hashes.measure(checkpoint)
-    if measured.manifest != manifest:
-        raise VerificationFailed(
-            f"{directory} does not hold the model that it names", hint=f"weft verify {directory}"
-        )
+        measured = measure(checkpoint)
     sealed = directory / PROVENANCE_FILE
     return Claimed(
         directory=directory,
         plan=MergePlan.parse(read_bounded(directory / PLAN_FILE, MAX_PLAN)),
-        manifest=manifest,
+        manifest=measured.manifest,
         leaves=measured.leaves,
         provenance=sha256(sealed.read_bytes()) if sealed.is_file() else None,
     )

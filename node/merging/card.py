@@ -11,8 +11,8 @@ from merge_core.plan import MergePlan
 from merge_core.recipe import Recipe, rename
 from node.catalog import licences
 from node.merging.parents import Parent
+from node.provenance.attest import RECIPE_FILE
 
-RECIPE_FILE = "mergekit_config.yml"
 CARD_FILE = "README.md"
 
 

@@ -29,6 +29,7 @@ from node.provenance.statement import PROVENANCE_FILE, MergeProvenance, Parent, 
 MANIFEST_FILE = "weft.manifest.json"
 PLAN_FILE = "weft.plan.json"
 TRACE_FILE = "weft.trace.json"
+RECIPE_FILE = "mergekit_config.yml"
 
 Progress = Callable[[int], None]
 

@@ -4,7 +4,7 @@
     publisher    who says that he published it, bound to a peer; pinned by the caller or unknown
     signature    every file is as the publisher signed it, none added, none missing
     manifest     every tensor and functional file hashed again gives the ModelId
-    provenance   for a merge: the builder's statement; subjects, plan, trace, agreements fit it and the files
+    provenance   for a merge: the builder's statement; subjects, plan, trace, recipe, agreements fit it
 
 A merge that nobody signed is a warning and no failure: its records are held against its bytes, and an audit
 can still execute it again. A signature of which a part is missing is one that is broken.
@@ -20,11 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import MAX_MANIFEST, Manifest
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import MergeCoreError
 from merge_core.plan import MAX_PLAN, MergePlan
+from merge_core.recipe import MAX_RECIPE
 from merge_core.trace import MAX_TRACE, Trace
 from node.domain.ids import PeerId
 from node.domain.negotiation import Agreement, Purpose
@@ -33,7 +35,7 @@ from node.identity.binding import MAX_BINDING, PUBLISHER_FILE, Binding
 from node.identity.keys import PublicPublisherKey
 from node.provenance import agreements as negotiated
 from node.provenance import oms
-from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, TRACE_FILE
+from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE, TRACE_FILE
 from node.provenance.files import read_record
 from node.provenance.statement import (
     MAX_PROVENANCE,
@@ -42,6 +44,8 @@ from node.provenance.statement import (
     open_provenance,
     origins,
 )
+
+_BESIDE = ("README.md", "model.safetensors.index.json")
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -162,11 +166,14 @@ def _claims_nothing(checkpoint: Checkpoint) -> bool:
 
 def _unsigned(ledger: _Ledger, checkpoint: Checkpoint, on_progress: Progress | None) -> Report:
     """What can be said of a merge on a machine without an identity: whether its records fit its bytes."""
+    ledger.attempt("files", lambda: _only_known(checkpoint))
     detail = "unsigned: nobody vouches for these files; weft init, then merging again, signs them"
     ledger.add(Check(name="signature", ok=None, detail=detail))
     manifest = ledger.attempt("manifest", lambda: _manifest(checkpoint, on_progress))
     plan = ledger.attempt("plan", lambda: _unsigned_plan(checkpoint, manifest))
     ledger.attempt("trace", lambda: _unsigned_trace(checkpoint, plan))
+    if RECIPE_FILE in checkpoint.survey.records:
+        ledger.attempt("recipe", lambda: _recipe(checkpoint, plan))
     return ledger.report(manifest, None)
 
 
@@ -183,6 +190,29 @@ def _unsigned_trace(checkpoint: Checkpoint, plan: MergePlan | None) -> tuple[Non
         raise VerificationFailed("not checked: the plan does not hold")
     data = read_record(checkpoint.path, checkpoint.survey, TRACE_FILE, MAX_TRACE)
     return None, f"values for {len(Trace.parse(plan, data).tensors)} tensors"
+
+
+def _only_known(checkpoint: Checkpoint) -> tuple[None, str]:
+    """A merge is made of nothing that its plan does not account for, but for card and licences."""
+    found = checkpoint.survey
+    odd = [name for name in found.other if name not in _BESIDE and not name.startswith(("LICENSE", "NOTICE"))]
+    odd += [*found.links, *(item.name for item in found.left_out)]
+    if odd:
+        raise VerificationFailed(f"nothing that a merge writes: {', '.join(sorted(odd)[:5])}")
+    return None, "no file that a merge does not write"
+
+
+def _recipe(checkpoint: Checkpoint, plan: MergePlan | None) -> tuple[None, str]:
+    """The recipe that people read names the operator and the parents of the plan that was executed."""
+    if plan is None:
+        raise VerificationFailed("not checked: the plan does not hold")
+    data = read_record(checkpoint.path, checkpoint.survey, RECIPE_FILE, MAX_RECIPE)
+    recipe = recipes.parse(data.decode("utf-8", "replace"))
+    base = None if plan.base is None else plan.inputs[plan.base]
+    operators = {tensor.operator for tensor in plan.tensors} - {"passthrough"}
+    if recipe.models != plan.inputs or recipe.base != base or not operators <= {recipe.method}:
+        raise VerificationFailed(f"{RECIPE_FILE} tells of another merge than the plan")
+    return None, f"{RECIPE_FILE} names the operator and the parents of the plan"
 
 
 def _operators(plan: MergePlan) -> str:
@@ -255,8 +285,11 @@ def _merge(
     if statement is None:
         return
     ledger.attempt("subjects", lambda: _subjects(statement, signed))
+    ledger.attempt("files", lambda: _only_known(checkpoint))
     plan = ledger.attempt("plan", lambda: _plan(checkpoint, statement, manifest))
     ledger.attempt("trace", lambda: _trace(checkpoint, statement, plan))
+    if RECIPE_FILE in checkpoint.survey.records:
+        ledger.attempt("recipe", lambda: _recipe(checkpoint, plan))
     ledger.attempt("agreements", lambda: _agreements(checkpoint, statement))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from securesystemslib.dsse import Envelope as TheirEnvelope
@@ -36,6 +37,7 @@ ALL = {
     "manifest",
     "provenance",
     "subjects",
+    "files",
     "plan",
     "trace",
     "agreements",
@@ -121,7 +123,7 @@ def test_one_flipped_bit_in_any_file_is_red(family) -> None:
         (lambda d: (d / PROVENANCE_FILE).unlink(), {"signature", "provenance"}),
         (lambda d: (d / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), {"structure"}),
         (lambda d: (d / "config.json").unlink(), {"structure"}),
-        (lambda d: (d / "setup.py").write_text("import os"), {"signature", "subjects"}),
+        (lambda d: (d / "setup.py").write_text("import os"), {"signature", "subjects", "files"}),
     ],
 )
 def test_what_is_missing_or_added_is_red(family, harm: Callable[[Path], Any], expected: set[str]) -> None:
@@ -310,10 +312,33 @@ def test_a_merge_that_nobody_signed_is_a_warning_and_its_bytes_still_count(famil
     assert lines(report)["plan"] and lines(report)["trace"] and report.publisher is None
     assert "known publisher" in red(verify(family.merged, publisher=family.owner.publisher.public, now=NOW))
     weights = family.merged / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes((original[-1] ^ 1,)))
     assert "manifest" in red(verify(family.merged, now=NOW))
+    weights.write_bytes(original)
+    (family.merged / "evil.py").write_text("import os")
+    assert red(verify(family.merged, now=NOW)) == {"files"}
+
+
+def test_a_signed_file_that_no_merge_writes_is_red(family) -> None:
+    (family.merged / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    assert red(resign(family)) == {"files"}
+
+
+def test_a_recipe_that_tells_of_another_merge_is_red(family) -> None:
+    recipe = family.merged / "mergekit_config.yml"
+    base, *experts = family.plan.inputs
+    told = {
+        "merge_method": "ties",
+        "base_model": str(base),
+        "models": [{"model": str(m), "parameters": {"weight": 1.0, "density": 0.5}} for m in experts],
+    }
+    recipe.write_text(yaml.safe_dump(told))
+    assert red(resign(family)) == set()
+    recipe.write_text(yaml.safe_dump({**told, "base_model": "sha256:" + "0" * 64}))
+    assert red(resign(family)) == {"recipe"}
+    recipe.write_text(yaml.safe_dump({**told, "merge_method": "task_arithmetic"}).replace("density: 0.5", ""))
+    assert "recipe" in red(resign(family))
 
 
 @pytest.mark.parametrize("kept", [PUBLISHER_FILE, "model.sig", PROVENANCE_FILE])
