@@ -7,13 +7,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.peer.id import ID
 from libp2p.security.tls.certificate import verify_certificate_chain
 
 from node.errors import PeerError
-from node.identity.certificates import TARGET_NAME, make_certificate, peer_id_of
+from node.identity.certificates import TARGET_NAME, make_certificate, peer_id_of, read_certificate
 from node.identity.keys import HostKey
 
 NOW = datetime.now(UTC).timestamp()  # libp2p's verifier reads the clock by itself
@@ -35,6 +36,7 @@ def test_each_certificate_has_a_key_and_a_subject_of_its_own() -> None:
     other = make_certificate(HOST, NOW)
     subjects = {x509.load_pem_x509_certificate(c.pem).subject for c in (CERTIFICATE, other)}
     assert len(subjects) == 2
+    assert all(x509.NameAttribute(NameOID.COMMON_NAME, HOST.peer_id) in subject for subject in subjects)
     assert other.key_pem != CERTIFICATE.key_pem
     assert "PRIVATE" not in repr(other)
 
@@ -45,25 +47,39 @@ def test_a_certificate_out_of_its_time_is_refused(later: float) -> None:
         peer_id_of(CERTIFICATE.pem, NOW + later)
 
 
+OWN = serialization.load_pem_private_key(CERTIFICATE.key_pem, None)
+SUBJECT = x509.load_pem_x509_certificate(CERTIFICATE.pem).subject
+
+
 def rebuilt(
-    *, san: str = TARGET_NAME, key: ec.EllipticCurvePrivateKey | None = None, extension: bool = True
+    *,
+    key: ec.EllipticCurvePrivateKey | None = None,
+    subject: x509.Name = SUBJECT,
+    issuer: x509.Name | None = None,
+    san: str = TARGET_NAME,
+    extension: bool = True,
+    more: x509.ExtensionType | None = None,
 ) -> bytes:
-    """A certificate of another key that carries HOST's extension."""
+    """HOST's certificate over again, for a new key where none is given, with something else in it."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     original = x509.load_pem_x509_certificate(CERTIFICATE.pem)
+    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     builder = (
         x509.CertificateBuilder()
-        .subject_name(original.subject)
-        .issuer_name(original.subject)
+        .subject_name(subject)
+        .issuer_name(issuer or subject)
         .public_key(key.public_key())
         .serial_number(1)
         .not_valid_before(original.not_valid_before_utc)
         .not_valid_after(original.not_valid_after_utc)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(san)]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
     )
     if extension:
         stolen = original.extensions.get_extension_for_oid(x509.ObjectIdentifier("1.3.6.1.4.1.53594.1.1"))
         builder = builder.add_extension(stolen.value, critical=False)
+    if more:
+        builder = builder.add_extension(more, critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
@@ -77,14 +93,42 @@ def test_a_certificate_without_the_extension_is_refused() -> None:
         peer_id_of(rebuilt(extension=False), NOW)
 
 
-def test_another_name_or_curve_is_refused() -> None:
-    own = serialization.load_pem_private_key(CERTIFICATE.key_pem, None)
-    assert isinstance(own, ec.EllipticCurvePrivateKey)
-    assert peer_id_of(rebuilt(key=own), NOW) == HOST.peer_id
-    with pytest.raises(PeerError, match="names"):
-        peer_id_of(rebuilt(key=own, san="example.com"), NOW)
+def test_nothing_but_the_serial_number_and_the_dates_is_free() -> None:
+    assert isinstance(OWN, ec.EllipticCurvePrivateKey)
+    assert peer_id_of(rebuilt(key=OWN), NOW) == HOST.peer_id
+    victim = x509.load_pem_x509_certificate(make_certificate(HostKey.generate(), NOW).pem).subject
+    again = x509.load_pem_x509_certificate(make_certificate(HOST, NOW).pem).subject
+    bare = x509.Name(list(SUBJECT)[:1])
+    for wrong in (
+        rebuilt(key=OWN, subject=victim),
+        rebuilt(key=OWN, issuer=victim),
+        rebuilt(key=OWN, subject=again),
+        rebuilt(key=OWN, subject=bare),
+        rebuilt(key=OWN, subject=x509.Name([*SUBJECT, *victim])),
+        rebuilt(key=OWN, san="example.com"),
+        rebuilt(key=OWN, more=x509.BasicConstraints(ca=False, path_length=None)),
+    ):
+        with pytest.raises(PeerError, match=r"certificate: (its subject|subject/issuer|Issuer)"):
+            peer_id_of(wrong, NOW)
+
+
+def test_another_curve_is_refused() -> None:
     with pytest.raises(PeerError, match="P-256"):
         peer_id_of(rebuilt(key=ec.generate_private_key(ec.SECP384R1())), NOW)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        CERTIFICATE.pem.strip(),
+        CERTIFICATE.pem.replace(b"\n", b"\r\n"),
+        b"words before it\n" + CERTIFICATE.pem + b"and after",
+        CERTIFICATE.pem.replace(b"CERTIFICATE", b"X509 CERTIFICATE"),
+    ],
+)
+def test_a_certificate_comes_out_in_one_spelling(spelling: bytes) -> None:
+    assert spelling != CERTIFICATE.pem
+    assert read_certificate(spelling, NOW).pem == CERTIFICATE.pem
 
 
 def test_two_certificates_are_not_one() -> None:
