@@ -483,7 +483,7 @@ def test_verify_lets_the_node_fetch_the_parents_for_an_audit(world: World, merge
     (job,) = follow.ask_all(frank.home, lambda node: node.jobs())
     assert (job["kind"], job["state"]) == ("audit", "succeeded")
     assert {item["purpose"] for item in job["agreements"]} == {"audit"}
-    assert {item["provider"] for item in job["agreements"]} == {world.alice.peer_id, world.bob.peer_id}
+    assert {item["provider"] for item in job["agreements"]} >= {world.alice.peer_id, world.bob.peer_id}
     assert app.shelf(frank.home).experts() == ()
 
 
