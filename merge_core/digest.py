@@ -13,6 +13,11 @@ from typing import Any
 
 import rfc8785
 
+MAX_DEPTH = 12
+"""Lists and objects within each other; nothing of ours is nested deeper, so nothing of a peer's is."""
+MAX_VALUES = 1 << 22
+"""Lists, objects and commas of one document: each costs memory and time, whatever its bytes are."""
+
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -52,18 +57,32 @@ def sha256(data: bytes | bytearray | memoryview) -> Digest:
 def canonical(value: Any) -> bytes:
     """Encode JSON-like `value` (no floats) as RFC 8785 bytes.
 
-    Raises TypeError on a float: write it with `float.hex` first.
+    Raises TypeError on a float (write it with `float.hex` first), ValueError beyond MAX_DEPTH.
     """
-    _refuse_floats(value)
+    _check(value, MAX_DEPTH)
     return rfc8785.dumps(value)
 
 
 def parse_canonical(data: bytes) -> Any:
     """Decode bytes that must be exactly what `canonical` writes; raises ValueError on any other spelling."""
-    value = json.loads(data)
+    value = parse_bounded(data)
     if canonical(value) != data:
         raise ValueError("JSON is not in canonical form (RFC 8785)")
     return value
+
+
+def parse_bounded(data: bytes, *, max_values: int = MAX_VALUES) -> Any:
+    """Decode JSON that may come from anybody, for a caller who compares what it understood with `data`.
+
+    Raises ValueError. What would become many times its size in memory is refused by counting bytes, which
+    takes those within strings for more; that many are in no document of ours.
+    """
+    if sum(map(data.count, (b"[", b"{", b","))) > max_values:
+        raise ValueError(f"JSON with more than {max_values} values")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"JSON nested deeper than {MAX_DEPTH} levels") from error
 
 
 def check_version(value: Any, version: int, what: str) -> None:
@@ -72,12 +91,12 @@ def check_version(value: Any, version: int, what: str) -> None:
         raise ValueError(f"{what} version {str(value)[:20]}; this weft reads version {version}")
 
 
-def _refuse_floats(value: Any) -> None:
+def _check(value: Any, depth: int) -> None:
     if isinstance(value, float):
         raise TypeError(f"a float in digested JSON: {value!r}; write value.hex()")
-    if isinstance(value, dict):
-        for item in value.values():
-            _refuse_floats(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _refuse_floats(item)
+    if not isinstance(value, dict | list | tuple):
+        return
+    if depth == 0:
+        raise ValueError(f"JSON nested deeper than {MAX_DEPTH} levels")
+    for item in value.values() if isinstance(value, dict) else value:
+        _check(item, depth - 1)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from merge_core.checkpoint import dtypes, merkle
-from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical, sha256
+from merge_core.digest import Digest, ModelId, canonical, check_version, parse_bounded, sha256
 from merge_core.errors import CorruptCheckpoint
 
 FUNCTIONAL_FILES = (
@@ -37,12 +37,17 @@ FUNCTIONAL_FILES = (
 
 MAX_TENSORS = 100_000
 MAX_FUNCTIONAL_FILE = 64 << 20
-MAX_MANIFEST = 64 << 20
+MAX_MANIFEST = 32 << 20
+"""Bytes: MAX_TENSORS records with names of 200 characters, four times the longest in use."""
+MAX_LEAF_TABLE = 64 << 20
+"""Bytes: the digests of 2 TiB of weights."""
 MAX_DIMENSIONS = 16
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./\-]{0,511}")
 
 _ROOT = re.compile(r"[0-9a-f]{64}")
 _MAX_INTEGER = 2**53 - 1
+_MAX_VALUES = MAX_TENSORS * (MAX_DIMENSIONS + 5) + 1000
+"""Brackets and commas of MAX_TENSORS records, and some for the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +123,11 @@ class Manifest:
         if len(data) > MAX_MANIFEST:
             raise CorruptCheckpoint(f"a manifest of {len(data)} bytes; at most {MAX_MANIFEST} are read")
         try:
-            value = parse_canonical(data)
+            value = parse_bounded(data, max_values=_MAX_VALUES)
             _keys(value, {"version", "architecture", "files", "tensors", "tensorSetRoot"})
             check_version(value["version"], 1, "manifest")
+            if len(value["tensors"]) > MAX_TENSORS:
+                raise ValueError(f"{len(value['tensors'])} tensors; at most {MAX_TENSORS} are read")
             manifest = cls(
                 architecture=_text(value["architecture"], 128),
                 files=tuple(_file(item) for item in value["files"]),
@@ -128,14 +135,14 @@ class Manifest:
             )
             _sorted([f.path for f in manifest.files])
             _sorted([t.name for t in manifest.tensors])
-            if len(manifest.tensors) > MAX_TENSORS:
-                raise ValueError(f"{len(manifest.tensors)} tensors; at most {MAX_TENSORS} are read")
             if manifest.tensor_set_root != value["tensorSetRoot"]:
                 raise ValueError("tensorSetRoot does not belong to the tensors listed")
+            # Every field that was not read, and every other spelling, makes a difference here.
             if manifest.to_bytes() != data:
                 raise ValueError("it says something else than what was read of it")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"not a manifest: {error}", hint="ask another holder for it") from error
+        vars(manifest)["model_id"] = ModelId(sha256(data))  # known now: spare the cached property its work
         return manifest
 
 
@@ -160,10 +167,18 @@ class LeafTable:
         """The digests of the tensors in name order, concatenated."""
         return b"".join(b"".join(self._leaves[name]) for name in sorted(self._leaves))
 
+    @staticmethod
+    def size(manifest: Manifest) -> int:
+        """Bytes of the table that belongs to a manifest; raises CorruptCheckpoint over MAX_LEAF_TABLE."""
+        size = merkle.DIGEST_SIZE * sum(t.leaf_count for t in manifest.tensors)
+        if size > MAX_LEAF_TABLE:
+            raise CorruptCheckpoint(f"a leaf table of {size} bytes; at most {MAX_LEAF_TABLE} are read")
+        return size
+
     @classmethod
     def parse(cls, manifest: Manifest, data: bytes) -> LeafTable:
         """Read a table that may come from anybody; raises CorruptCheckpoint unless it proves every root."""
-        expected = merkle.DIGEST_SIZE * sum(t.leaf_count for t in manifest.tensors)
+        expected = cls.size(manifest)
         if len(data) != expected:
             raise CorruptCheckpoint(f"a leaf table of {len(data)} bytes where {expected} belong")
         leaves: dict[str, tuple[bytes, ...]] = {}

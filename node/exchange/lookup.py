@@ -12,7 +12,6 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
-from merge_core.checkpoint.merkle import DIGEST_SIZE
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
 from node.domain.holding import ModelRef
@@ -36,18 +35,23 @@ async def read_manifest(holders: Sequence[Holder], model_id: ModelId) -> Manifes
         data = await collect(holder.manifest(ref), MAX_MANIFEST)
         if sha256(data) != model_id:
             raise PeerError(f"peer {holder.peer.short} sent another model's manifest")
-        return Manifest.parse(data)
+        # Somebody made these bytes to be slow: only this one fetch waits for them, in a thread.
+        return await asyncio.to_thread(Manifest.parse, data)
 
     return await first(holders, ask, f"the manifest of {model_id}")
 
 
 async def read_leaf_table(holders: Sequence[Holder], manifest: Manifest) -> LeafTable:
-    """Ask holders in turn for the leaf table of a manifest; raises as `read_manifest` does."""
+    """Ask holders in turn for the leaf table of a manifest; raises as `read_manifest` does.
+
+    Raises CorruptCheckpoint, and asks nobody, when the manifest names more than MAX_LEAF_TABLE bytes of it.
+    """
     ref = ModelRef(model_id=manifest.model_id, publisher=None)
-    size = DIGEST_SIZE * sum(tensor.leaf_count for tensor in manifest.tensors)
+    size = LeafTable.size(manifest)
 
     async def ask(holder: Holder) -> LeafTable:
-        return LeafTable.parse(manifest, await collect(holder.leaf_table(ref), size))
+        data = await collect(holder.leaf_table(ref), size)
+        return await asyncio.to_thread(LeafTable.parse, manifest, data)
 
     return await first(holders, ask, f"the leaf table of {manifest.model_id}")
 

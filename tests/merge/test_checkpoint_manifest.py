@@ -141,6 +141,17 @@ def test_another_spelling_of_a_manifest_is_refused() -> None:
             Manifest.parse(spelling)
 
 
+def test_a_manifest_of_nested_lists_is_refused_before_it_is_read() -> None:
+    data = b'{"architecture":"L","files":[' + b"[]," * 2_200_000 + b"[]]}"
+    with pytest.raises(CorruptCheckpoint, match="more than 2101000 values"):
+        Manifest.parse(data)
+
+
+def test_a_manifest_that_was_read_knows_its_name() -> None:
+    made = manifest()[0]
+    assert Manifest.parse(made.to_bytes()).model_id == made.model_id == sha256(made.to_bytes())
+
+
 @given(st.integers(0, 6 * 32 - 1), st.integers(0, 7))
 @settings(deadline=None)
 def test_a_leaf_table_with_a_flipped_bit_is_refused(at: int, bit: int) -> None:
