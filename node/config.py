@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from merge_core import files
 from node.domain.ticket import Ticket
 from node.errors import LocalError
 
@@ -78,9 +79,7 @@ def save(config: Config, path: Path) -> None:
         value = getattr(config, field.name)
         lines.append(f"{field.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}\n")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(lines))
-    temporary.replace(path)
+    files.replace(path, "".join(lines).encode())
 
 
 def _from_file(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
+from merge_core import files
 from node.errors import LocalError
 
 
@@ -99,9 +100,4 @@ class Home:
 def write_private(path: Path, data: bytes) -> None:
     """Write a file that only its owner can read, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    temporary.replace(path)
+    files.replace(path, data, mode=0o600)

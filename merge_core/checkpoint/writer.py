@@ -28,6 +28,7 @@ from merge_core.checkpoint.published import INDEX, check_names
 from merge_core.checkpoint.sharding import WeightFile, divide, index_of
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import CannotWrite
+from merge_core.files import replace, sync
 
 MAX_SHARD_BYTES = 5 << 30
 DEFAULT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
@@ -139,12 +140,8 @@ class CheckpointWriter:
         if any(name == file.name for file in self._files):
             raise ValueError(f"{name} is a weight file of {self.target}")
         check_names({name, *(path.name for path in self.path.iterdir() if not path.name.startswith("."))})
-        temporary = self.path / f".{name}.tmp"
-        with self._out_of_space(), temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(self.path / name)
+        with self._out_of_space():
+            replace(self.path / name, data)
 
     def commit(self) -> Path:
         """Make everything durable and rename it into place; returns the target. The writer is closed then.
@@ -154,11 +151,11 @@ class CheckpointWriter:
         self._require_open()
         with self._out_of_space():
             for path in sorted(self.path.iterdir()):
-                _sync(path) if not path.name.startswith(".") else path.unlink()
-            _sync(self.path)
+                sync(path) if not path.name.startswith(".") else path.unlink()
+            sync(self.path)
         with _explained(self.target):
             self.path.rename(self.target)
-            _sync(self.target.parent)
+            sync(self.target.parent)
         self.close()
         return self.target
 
@@ -284,14 +281,6 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
     """Turn an OSError into a CannotWrite that says what to do about it."""
@@ -324,7 +313,7 @@ def clone_tree(files: Mapping[str, Path], destination: Path) -> dict[str, str]:
         destination.mkdir(parents=True)
         try:
             made = {name: _clone(files[name].resolve(), destination / name) for name in sorted(files)}
-            _sync(destination)
+            sync(destination)
         except BaseException:
             shutil.rmtree(destination, ignore_errors=True)
             raise
@@ -340,7 +329,7 @@ def _clone(source: Path, destination: Path) -> str:
     except OSError:  # another disk, no hardlinks there, too many of them, or somebody else's file
         destination.unlink(missing_ok=True)
     shutil.copyfile(source, destination)
-    _sync(destination)
+    sync(destination)
     return "copy"
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from merge_core import files
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, Measured, file_record, measure, tensor_record
@@ -48,14 +48,7 @@ class HashCache:
         data = leaves.to_bytes()
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=".", dir=self._folder)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(hashlib.sha256(data).digest() + data)
-                Path(temporary).replace(self._path(checkpoint))
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            files.replace(self._path(checkpoint), hashlib.sha256(data).digest() + data)
             self._drop_oldest()
 
     def _recall(self, checkpoint: Checkpoint) -> Measured | None:

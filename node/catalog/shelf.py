@@ -26,9 +26,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from merge_core import files
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import LeafTable, Manifest
-from merge_core.checkpoint.published import LeftOut, Survey, survey
+from merge_core.checkpoint.published import LeftOut, Survey, read_bounded, survey
 from merge_core.checkpoint.reader import Checkpoint, Measured
 from merge_core.checkpoint.writer import clone_tree
 from merge_core.digest import Digest, ModelId, sha256
@@ -242,17 +243,18 @@ class Shelf:
         """Move a fetched model in, whose every byte was verified against `publisher`'s signature on arrival.
 
         `directory` must lie on the shelf's file system, and is gone afterwards. The signature itself is
-        checked once more, small as it is beside the fetch. Raises VerificationFailed, LocalError.
+        checked once more, small as it is beside the fetch. Raises VerificationFailed, CorruptCheckpoint,
+        LocalError.
         """
         manifest = Manifest.parse((directory / MANIFEST).read_bytes())
-        binding = Binding.parse(_small(directory / PUBLISHER_FILE, MAX_BINDING))
+        binding = Binding.parse(read_bounded(directory / PUBLISHER_FILE, MAX_BINDING))
         if binding.publisher.key_id != publisher:
             raise VerificationFailed(f"the model is signed by {binding.publisher.key_id}, not by {publisher}")
-        oms.parse_bundle(_small(directory / SIGNATURE, oms.MAX_BUNDLE)).open(binding.publisher)
+        oms.parse_bundle(read_bounded(directory / SIGNATURE, oms.MAX_BUNDLE)).open(binding.publisher)
         with self._stage() as stage:
             directory.rename(stage / MODEL)
-            _write(stage / LEAVES, leaves.to_bytes())
-            _write(stage / FINGERPRINT, fingerprint)
+            files.create(stage / LEAVES, leaves.to_bytes())
+            files.create(stage / FINGERPRINT, fingerprint)
             expert = self._describe(
                 stage,
                 Measured(manifest=manifest, leaves=leaves),
@@ -293,7 +295,7 @@ class Shelf:
             data = (source / name).read_bytes()
             if functional.get(name, sha256(data)) != sha256(data):
                 raise LocalError(f"{source / name} was changed while it was added", hint=f"weft add {source}")
-            _write(model / name, data)
+            files.create(model / name, data)
         if not records:
             return None, ""
         try:
@@ -335,9 +337,9 @@ class Shelf:
             added_at=now,
             stamps=tuple(Stamp.of(stage / MODEL / weights) for weights in survey(stage / MODEL).weights),
         )
-        _write(stage / RECORD, json.dumps(expert.to_json(), indent=1).encode())
-        _sync(stage / MODEL)
-        _sync(stage)
+        files.create(stage / RECORD, json.dumps(expert.to_json(), indent=1).encode())
+        files.sync(stage / MODEL)
+        files.sync(stage)
         return expert
 
     def _place(self, stage: Path, expert: Expert) -> tuple[Expert, bool]:
@@ -350,14 +352,14 @@ class Shelf:
                 expert = replace(
                     there, name=expert.name, licence=expert.licence, base=expert.base or there.base
                 )
-                _replace(expert.folder / RECORD, json.dumps(expert.to_json(), indent=1).encode())
+                files.replace(expert.folder / RECORD, json.dumps(expert.to_json(), indent=1).encode())
             else:
                 if expert.folder.exists():
                     self._hide(expert.folder)
                 expert.folder.parent.mkdir(parents=True, exist_ok=True)
                 stage.rename(expert.folder)
-                _sync(expert.folder.parent)
-                _sync(self.root)
+                files.sync(expert.folder.parent)
+                files.sync(self.root)
             self._held[expert.model_id, expert.publisher] = Held(expert)
             self._contents = None
         return expert, there is not None
@@ -441,7 +443,7 @@ def _verified(model: Path, manifest: Manifest) -> Binding:
     """The binding of whoever signed a directory; raises VerificationFailed unless every file is as signed."""
     if not (model / PUBLISHER_FILE).is_file() or not (model / MANIFEST).is_file():
         raise VerificationFailed("the signature names no weft publisher")
-    binding = Binding.parse(_small(model / PUBLISHER_FILE, MAX_BINDING))
+    binding = Binding.parse(read_bounded(model / PUBLISHER_FILE, MAX_BINDING))
     if (model / MANIFEST).read_bytes() != manifest.to_bytes():
         raise VerificationFailed("the manifest that was signed does not describe these weights")
     oms.verify_directory(model, binding.publisher)
@@ -450,7 +452,7 @@ def _verified(model: Path, manifest: Manifest) -> Binding:
 
 def _fingerprint(stage: Path, measured: Measured, sketch: Sketch, identity: Identity) -> bytes:
     """Compute and sign the fingerprint of what the stage holds."""
-    _write(stage / LEAVES, measured.leaves.to_bytes())
+    files.create(stage / LEAVES, measured.leaves.to_bytes())
     computed = sketch(
         Measurable(
             model_id=measured.manifest.model_id,
@@ -460,7 +462,7 @@ def _fingerprint(stage: Path, measured: Measured, sketch: Sketch, identity: Iden
         )
     )
     data = sign(computed, identity)
-    _write(stage / FINGERPRINT, data)
+    files.create(stage / FINGERPRINT, data)
     return data
 
 
@@ -480,33 +482,3 @@ def _abandoned(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _small(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise VerificationFailed(f"{path.name} has more than {limit} bytes")
-    return data
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    _write(temporary, data)
-    temporary.replace(path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_core import files
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.reader import Checkpoint
 from merge_core.digest import Digest
@@ -106,7 +107,7 @@ class Partial:
         """
         with _disk_errors(self.destination):
             for name, data in self._blueprint.small.items():
-                _write_file(self._files / name, data)
+                files.replace(self._files / name, data)
         try:
             Checkpoint.open(self._files).close()
         except CorruptCheckpoint:
@@ -115,9 +116,9 @@ class Partial:
         with _disk_errors(self.destination):
             for weights in self._weights.values():
                 weights.sync()
-            _sync_folder(self._files)
+            files.sync(self._files)
             self._files.replace(self.destination)
-            _sync_folder(self.destination.parent)
+            files.sync(self.destination.parent)
         self.discard()
 
     def set_aside(self) -> dict[str, Salvage]:
@@ -265,18 +266,3 @@ def _disk_errors(destination: Path) -> Iterator[None]:
         raise LocalError(
             f"cannot write {destination}: {error.strerror}", hint=f"ls -ld {destination.parent}"
         ) from error
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import secrets
 import shutil
 import tempfile
@@ -25,6 +24,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from merge_core.files import create as write_new
+from merge_core.files import sync
 from node.domain.ids import PeerId
 from node.errors import LocalError, VerificationFailed
 from node.identity.binding import Binding, bind
@@ -126,31 +127,15 @@ def _store(folder: Path, files: dict[str, bytes]) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for name, data in files.items():
-            _write(partial / name, data)
-        _sync(partial)
+            write_new(partial / name, data, mode=0o600)
+        sync(partial)
         try:
             partial.rename(folder)  # replaces an empty folder, fails on any other
         except OSError as error:
             raise LocalError(f"{folder} already holds an identity", hint="weft id show") from error
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _content(data: bytes, passphrase: str) -> dict[str, str]:

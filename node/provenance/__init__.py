@@ -11,5 +11,5 @@ attest      what a node does to publish: records, statement, signature
 verify      the green and red list over all of these
 lineage     the tree of ancestors that the statements span
 audit       the verdict of somebody who ran the merge again (VSA), kept beside the model
-files       records on disk: whole or not at all, bounded, no links
+files       records on disk: bounded, no links
 """

@@ -16,6 +16,7 @@ from pathlib import Path
 from merge_core.checkpoint.manifest import Manifest
 from merge_core.checkpoint.published import survey
 from merge_core.digest import Digest, ModelId, sha256
+from merge_core.files import replace
 from merge_core.plan import MergePlan
 from merge_core.trace import Trace
 from node.identity.binding import PUBLISHER_FILE
@@ -23,7 +24,6 @@ from node.identity.envelopes import Envelope
 from node.identity.keyring import Identity
 from node.provenance import agreements as negotiated
 from node.provenance import oms
-from node.provenance.files import replace
 from node.provenance.statement import PROVENANCE_FILE, MergeProvenance, Parent, origins
 
 MANIFEST_FILE = "weft.manifest.json"

@@ -1,29 +1,12 @@
-"""Record files: written whole or not at all, read only when they are plain files of bounded size."""
+"""Record files: lines added durably, records read only when they are plain files of bounded size."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from merge_core.checkpoint.published import Survey, read_bounded
 from node.errors import VerificationFailed
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Put `data` at `path` at once and durably; what lay there, also under other names, stays as it was."""
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(partial).replace(path)
-        _sync(path.parent)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def append_line(path: Path, line: bytes) -> None:
@@ -46,11 +29,3 @@ def read_record(directory: Path, survey: Survey, name: str, limit: int) -> bytes
     if name not in survey.records or name in survey.links:
         raise VerificationFailed(f"{name} is missing", hint="weft add DIR signs a model")
     return read_bounded(directory / name, limit)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,10 +28,10 @@ from merge_core.checkpoint import published
 from merge_core.checkpoint.reader import file_digest
 from merge_core.digest import Digest
 from merge_core.errors import CorruptCheckpoint
+from merge_core.files import replace
 from node.errors import LocalError, VerificationFailed
 from node.identity.envelopes import Envelope, pae
 from node.identity.keys import PublicPublisherKey, PublisherKey
-from node.provenance.files import replace
 
 SIGNATURE_FILE = "model.sig"
 MAX_BUNDLE = 4 << 20

@@ -18,12 +18,12 @@ leaf table and Trace in the folder `output`: whoever asked adds the files, signs
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from merge_core import files
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
 from merge_core.checkpoint.published import read_bounded
@@ -79,7 +79,7 @@ def fingerprint(request: Request, emit: Emit) -> Result:
     with _opened(request["input"]) as (manifest, source):
         sketch = compute(source, manifest.model_id, on_progress=_counter(emit, "sketch", manifest.size))
     data = sketch.to_bytes()
-    _write(Path(request["output"]), data)
+    files.replace(Path(request["output"]), data)
     return {"digest": sketch.digest, "size": len(data)}
 
 
@@ -104,7 +104,7 @@ def merge(request: Request, emit: Emit) -> Result:
     output.mkdir(parents=True, exist_ok=True)
     paths = {"manifest": "manifest.json", "leaves": "leaves.bin", "trace": "trace.json"}
     for name, part in (("manifest", merged.manifest), ("leaves", merged.leaves), ("trace", merged.trace)):
-        _write(output / paths[name], part.to_bytes())
+        files.replace(output / paths[name], part.to_bytes())
     return {
         "model_id": merged.manifest.model_id,
         **{name: str(output / path) for name, path in paths.items()},
@@ -189,19 +189,6 @@ def _counter(emit: Emit, what: str, total: int) -> Callable[[int], None]:
             emit({"kind": "progress", "what": what, "done": done, "total": total})
 
     return count
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put a file in place whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 TASKS: dict[str, Callable[[Request, Emit], Result]] = {

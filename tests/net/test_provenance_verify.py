@@ -18,13 +18,13 @@ from securesystemslib.signer import SSlibKey
 
 from merge_core.checkpoint.manifest import Manifest
 from merge_core.digest import canonical, sha256
+from merge_core.files import replace as put
 from merge_core.plan import MergePlan
 from node.domain.negotiation import Purpose
 from node.errors import VerificationFailed
 from node.identity.binding import PUBLISHER_FILE, bind
 from node.identity.keys import PublisherKey
 from node.provenance import agreements, oms
-from node.provenance.files import replace as put
 from node.provenance.statement import PROVENANCE_FILE, MergeProvenance, open_provenance
 from node.provenance.verify import Report, verify
 
