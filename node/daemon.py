@@ -199,7 +199,7 @@ async def _peer_plane(
 ) -> tuple[int, CredentialExchange, TlsCertificate]:
     """Serve bytes to peers, and hand out our certificate for theirs; the port comes first."""
     certificate = make_certificate(identity.host, clock())
-    admitted = Admitted(clock=clock)
+    admitted = Admitted(clock=clock, allowed=provider.serves, engaged=provider.engaged)
     peers = PeerServer(shelf=shelf, entitlements=provider, admitted=admitted, certificate=certificate)
     port = await peers.start(settings.peer_api)
     stack.push_async_callback(peers.stop)

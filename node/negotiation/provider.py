@@ -92,10 +92,23 @@ class Provider:
             self._keep(message, after, envelope)
         return envelope.to_bytes()
 
+    def serves(self, peer: PeerId) -> bool:
+        """Whether a peer gets anything at all: it is not banned, and the policy has nothing against it."""
+        return self._policy.serves(peer) and not self._banned(peer)
+
+    def engaged(self) -> frozenset[PeerId]:
+        """Who has an agreement with us that is not over."""
+        rows = self._store.rows(
+            "SELECT DISTINCT requester FROM negotiations"
+            " WHERE provider = ? AND stage = 'agreed' AND expires_at > ?",
+            *(self._key.peer_id, int(self._clock())),
+        )
+        return frozenset(PeerId(row["requester"]) for row in rows)
+
     def covers(self, peer: PeerId, model_id: ModelId, nbytes: int) -> None:
         """Count bytes that are about to be sent; raises Refused when no live agreement covers them."""
         now = self._clock()
-        if self._banned(peer) or not self._policy.serves(peer):
+        if not self.serves(peer):
             raise Refused(Reason.PEER_NOT_ALLOWED)
         with self._store.transaction():
             live = [row for row in self._agreed(peer, now) if model_id in row[1].models]

@@ -6,13 +6,14 @@ The stream proves who is at the other end. A certificate is admitted only when i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from merge_core.digest import canonical, parse_canonical
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import PeerError, Refused, Unreachable
-from node.identity.certificates import TlsCertificate, peer_id_of
+from node.identity.certificates import TlsCertificate, read_certificate
 from node.network.base import Network
 from node.peer.admitted import Admitted
 from node.peer.client import Endpoint
@@ -40,11 +41,12 @@ class CredentialExchange:
         self._clock = clock
 
     async def answer(self, peer: PeerId, payload: bytes) -> bytes:
-        """Take a peer's certificate and answer with ours: the handler of PROTOCOL."""
+        """Take a peer's certificate and answer with ours: the handler of PROTOCOL; raises Refused."""
         try:
-            self._admit(peer, payload)
+            certificate, _ = self._check(peer, payload)
         except PeerError as error:
             raise Refused(Reason.MALFORMED, error.why) from error
+        self._admitted.admit(peer, certificate)
         return self._own
 
     async def ask(self, peer: PeerId, *, deadline: float = DEADLINE) -> Endpoint:
@@ -53,19 +55,20 @@ class CredentialExchange:
         Raises Refused, Unreachable or PeerError.
         """
         reply = await self._network.request(peer, PROTOCOL, self._own, deadline=deadline)
-        certificate, port = self._admit(peer, reply)
+        certificate, port = self._check(peer, reply)
+        with suppress(Refused):  # whom we do not serve may serve us all the same
+            self._admitted.admit(peer, certificate)
         hosts = self._hosts(peer)
         if not hosts:
             raise Unreachable(f"peer {peer.short} has no address any more", hint="weft peers")
         return Endpoint(peer=peer, hosts=hosts, port=port, certificate=certificate)
 
-    def _admit(self, peer: PeerId, payload: bytes) -> tuple[bytes, int]:
-        certificate, port = parse(payload)
-        owner = peer_id_of(certificate, self._clock())
-        if owner != peer:
-            raise PeerError(f"peer {peer.short} shows the certificate of {owner.short}")
-        self._admitted.admit(peer, certificate)
-        return certificate, port
+    def _check(self, peer: PeerId, payload: bytes) -> tuple[bytes, int]:
+        pem, port = parse(payload)
+        certificate = read_certificate(pem, self._clock())
+        if certificate.peer != peer:
+            raise PeerError(f"peer {peer.short} shows the certificate of {certificate.peer.short}")
+        return certificate.pem, port
 
     def _hosts(self, peer: PeerId) -> tuple[str, ...]:
         known = (info.addresses for info in self._network.peers() if info.peer == peer)

@@ -243,6 +243,18 @@ def test_a_peer_that_contradicted_itself_gets_nothing_more(world: World) -> None
     assert isinstance(refusal, Refusal) and refusal.reason is Reason.PEER_NOT_ALLOWED
 
 
+def test_the_provider_says_whom_it_serves_and_who_has_an_agreement(world: World) -> None:
+    assert world.provider.serves(BOB.peer_id) and not world.provider.engaged()
+    world.send(sign(world.offer(), BOB))
+    assert not world.provider.engaged(), "a proposal is no agreement"
+    agreement = world.agree()
+    assert world.provider.engaged() == {BOB.peer_id}
+    world.now = agreement.expires_at
+    assert not world.provider.engaged()
+    world.banned.add(BOB.peer_id)
+    assert not world.provider.serves(BOB.peer_id)
+
+
 def test_the_same_words_again_change_nothing(world: World) -> None:
     offer = world.offer()
     first = world.send(sign(offer, BOB))

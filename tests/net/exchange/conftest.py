@@ -99,6 +99,7 @@ class Node:
     server: PeerServer
     port: int = 0
     now: float = NOW
+    banned: set[PeerId] = field(default_factory=set)
 
 
 @dataclass
@@ -121,7 +122,9 @@ class World:
         certificate = make_certificate(host, time.time())
         ledger = Ledger()
         made: list[Node] = []
-        admitted = Admitted(clock=lambda: made[0].now if made else NOW)
+        admitted = Admitted(
+            clock=lambda: made[0].now if made else NOW, allowed=lambda peer: peer not in made[0].banned
+        )
         serving = server(
             shelf=shelf, entitlements=ledger, admitted=admitted, certificate=certificate, **options
         )

@@ -15,6 +15,7 @@ import pytest
 from merge_core.digest import Digest, ModelId
 from merge_core.errors import CorruptCheckpoint
 from node.domain.holding import ByteRange, ModelRef
+from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import LocalError, PeerError, Refused, Unreachable
 from node.identity.certificates import make_certificate
@@ -111,13 +112,16 @@ async def test_somebody_elses_server_is_not_taken_for_the_peer(world: Any, publi
         await client.describe(ref(published))
 
 
-async def test_a_dismissed_peer_is_refused_on_the_connection_it_has(world: Any, published: Any) -> None:
+async def test_a_banned_peer_is_refused_on_the_connection_it_has(world: Any, published: Any) -> None:
     holder, asker = await world.node(published.shelf), await world.node(published.shelf)
     client = world.client(asker, holder, lanes=1)
     await client.describe(ref(published))
-    holder.admitted.dismiss(asker.peer)
+    holder.banned.add(asker.peer)
     with pytest.raises(Refused) as caught:
         await client.describe(ref(published))
+    assert caught.value.reason is Reason.PEER_NOT_ALLOWED
+    with pytest.raises(Refused) as caught:
+        await answering(holder).answer(asker.peer, credentials.encode(asker.certificate.pem, asker.port))
     assert caught.value.reason is Reason.PEER_NOT_ALLOWED
 
 
@@ -243,18 +247,71 @@ async def test_the_cipher_is_aes_gcm_over_tls_1_3_and_nothing_else_gets_in(
             await channel.unary_unary("/weft.v1.Peer/Describe")(b"", timeout=5)
 
 
-def test_the_admitted_set_stays_small() -> None:
-    admitted = Admitted(clock=lambda: 0.0, limit=3)
-    hosts = [HostKey.generate() for _ in range(5)]
-    pems = [make_certificate(host, 0.0).pem for host in hosts]
-    for host, pem in zip(hosts[:3], pems[:3], strict=True):
-        admitted.admit(host.peer_id, pem)
-    assert admitted.peer_of(pems[0]) == hosts[0].peer_id
-    admitted.admit(hosts[3].peer_id, pems[3])
-    assert [admitted.peer_of(pem) is not None for pem in pems] == [True, False, True, True, False]
-    admitted.admit(hosts[0].peer_id, pems[4])
-    assert admitted.peer_of(pems[0]) is None, "one certificate for each peer"
-    assert len(admitted.certificates()) == 3
+def hosts(count: int) -> list[tuple[PeerId, bytes]]:
+    made = [HostKey.generate() for _ in range(count)]
+    return [(host.peer_id, make_certificate(host, 0.0).pem) for host in made]
+
+
+def test_the_admitted_set_has_one_certificate_for_each_peer() -> None:
+    admitted = Admitted(clock=lambda: 0.0, limit=2)
+    (alice, first), (_, second), (bob, third) = hosts(3)
+    for peer, pem in ((alice, first), (bob, third), (alice, second)):
+        admitted.admit(peer, pem)
+    assert [admitted.peer_of(pem) for pem in (first, second, third)] == [None, alice, bob]
+    assert len(admitted.certificates()) == 2
+
+
+def test_a_crowd_of_identities_evicts_nobody_who_is_served() -> None:
+    now, agreed = [0.0], set[PeerId]()
+    admitted = Admitted(clock=lambda: now[0], engaged=lambda: agreed, limit=10)
+    (partner, contract), (caller, used), *crowd = hosts(30)
+    for peer, pem in ((partner, contract), (caller, used)):
+        admitted.admit(peer, pem)
+    agreed.add(partner)
+    for peer, pem in crowd:
+        now[0] += 10
+        admitted.admit(peer, pem)
+        assert admitted.peer_of(used) == caller, "it calls again and again"
+    assert len(admitted.certificates()) == 10
+    assert admitted.peer_of(contract) == partner
+    kept = [pem for _, pem in crowd if pem in admitted.certificates()]
+    assert kept == [pem for _, pem in [*crowd[:7], crowd[-1]]], "of the idle ones the newest go"
+
+
+def test_a_full_set_is_busy_for_strangers_and_makes_room_for_a_partner() -> None:
+    now, agreed = [0.0], set[PeerId]()
+    admitted = Admitted(clock=lambda: now[0], engaged=lambda: agreed, limit=3)
+    *callers, (stranger, unknown), (partner, contract) = hosts(5)
+    for peer, pem in callers:
+        admitted.admit(peer, pem)
+        now[0] += 1
+        assert admitted.peer_of(pem) == peer
+    with pytest.raises(Refused) as caught:
+        admitted.admit(stranger, unknown)
+    assert caught.value.reason is Reason.BUSY
+    agreed.add(partner)
+    admitted.admit(partner, contract)
+    assert [pem in admitted.certificates() for _, pem in callers] == [False, True, True]
+    now[0] += 301
+    admitted.admit(stranger, unknown)
+    assert {contract, unknown} < set(admitted.certificates())
+    agreed.update(peer for peer, _ in callers)
+    agreed.add(stranger)
+    now[0] += 301
+    with pytest.raises(Refused):
+        admitted.admit(*callers[0])
+
+
+def test_admission_of_a_banned_peer_is_refused_and_ends_where_it_was_admitted() -> None:
+    banned = set[PeerId]()
+    admitted = Admitted(clock=lambda: 0.0, allowed=lambda peer: peer not in banned)
+    ((mallory, pem),) = hosts(1)
+    admitted.admit(mallory, pem)
+    banned.add(mallory)
+    assert admitted.peer_of(pem) is None and not admitted.certificates()
+    with pytest.raises(Refused) as caught:
+        admitted.admit(mallory, pem)
+    assert caught.value.reason is Reason.PEER_NOT_ALLOWED
 
 
 def test_the_allocator_can_be_told_to_keep_pieces() -> None:
@@ -284,19 +341,20 @@ class Line:
         )
 
 
+def answering(node: Any, line: Line | None = None) -> CredentialExchange:
+    return CredentialExchange(
+        network=line or Line(node.peer),  # type: ignore[arg-type]
+        admitted=node.admitted,
+        certificate=node.certificate,
+        port=node.port,
+        clock=time.time,
+    )
+
+
 async def test_certificates_are_exchanged_and_bound_to_the_stream(world: Any, published: Any) -> None:
     holder, asker = await world.node(published.shelf), await world.node(published.shelf)
     lines = [Line(asker.peer), Line(holder.peer)]
-    ours, theirs = (
-        CredentialExchange(
-            network=line,  # type: ignore[arg-type]
-            admitted=node.admitted,
-            certificate=node.certificate,
-            port=node.port,
-            clock=time.time,
-        )
-        for line, node in zip(lines, (asker, holder), strict=True)
-    )
+    ours, theirs = answering(asker, lines[0]), answering(holder, lines[1])
     lines[0].other, lines[1].other = (holder.peer, theirs), (asker.peer, ours)
     endpoint = await ours.ask(holder.peer)
     assert endpoint.hosts == ("127.0.0.1", "::1") and endpoint.port == holder.port
@@ -309,6 +367,30 @@ async def test_certificates_are_exchanged_and_bound_to_the_stream(world: Any, pu
     with pytest.raises(Refused) as caught:
         await ours.ask(holder.peer)
     assert caught.value.reason is Reason.MALFORMED
+
+
+async def test_certificates_without_a_last_newline_lock_nobody_out(world: Any, published: Any) -> None:
+    holder = await world.node(published.shelf)
+    askers = [await world.node(published.shelf) for _ in range(5)]
+    for i, asker in enumerate(askers):
+        pem = asker.certificate.pem if i % 2 else asker.certificate.pem.strip()
+        await answering(holder).answer(asker.peer, credentials.encode(pem, asker.port))
+    for asker in askers:
+        endpoint = Endpoint(
+            peer=holder.peer, hosts=("127.0.0.1",), port=holder.port, certificate=holder.certificate.pem
+        )
+        client = PeerClient(endpoint, asker.certificate, lanes=1)
+        world.clients.append(client)
+        assert (await client.describe(ref(published))).files
+
+
+async def test_whom_we_do_not_serve_may_serve_us(world: Any, published: Any) -> None:
+    holder, asker = await world.node(published.shelf), await world.node(published.shelf)
+    asker.banned.add(holder.peer)
+    line = Line(asker.peer)
+    line.other = (holder.peer, answering(holder))
+    assert (await answering(asker, line).ask(holder.peer)).certificate == holder.certificate.pem
+    assert not asker.admitted.certificates() and len(holder.admitted.certificates()) == 1
 
 
 @pytest.mark.parametrize(
