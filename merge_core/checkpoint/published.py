@@ -26,15 +26,23 @@ from merge_core.errors import CorruptCheckpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+RECIPE_FILE = "mergekit_config.yml"
+SIGNATURE_FILE = "model.sig"
+PROVENANCE_FILE = "provenance.dsse.json"
+AGREEMENTS_FILE = "weft.agreements.json"
+MANIFEST_FILE = "weft.manifest.json"
+PLAN_FILE = "weft.plan.json"
+PUBLISHER_FILE = "weft.publisher.json"
+TRACE_FILE = "weft.trace.json"
 RECORD_FILES = (
-    "mergekit_config.yml",
-    "model.sig",
-    "provenance.dsse.json",
-    "weft.agreements.json",
-    "weft.manifest.json",
-    "weft.plan.json",
-    "weft.publisher.json",
-    "weft.trace.json",
+    RECIPE_FILE,
+    SIGNATURE_FILE,
+    PROVENANCE_FILE,
+    AGREEMENTS_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    PUBLISHER_FILE,
+    TRACE_FILE,
 )
 """The files that publishing or merging adds."""
 

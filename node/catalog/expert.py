@@ -16,13 +16,12 @@ from typing import Any
 
 from merge_core.checkpoint.header import Span, read_header
 from merge_core.checkpoint.manifest import LeafTable, Manifest
-from merge_core.checkpoint.published import survey
+from merge_core.checkpoint.published import MANIFEST_FILE, survey
 from merge_core.digest import Digest, ModelId, check_version
 from node.domain.advert import AdvertisedModel
 from node.domain.negotiation import Purpose
 
 MODEL, LEAVES, FINGERPRINT, RECORD = "model", "leaves.bin", "fingerprint.json", "record.json"
-MANIFEST = "weft.manifest.json"
 MAX_NAME = 96
 
 
@@ -145,7 +144,7 @@ class Held:
     @cached_property
     def manifest(self) -> bytes:
         """The canonical manifest."""
-        return (self.directory / MANIFEST).read_bytes()
+        return (self.directory / MANIFEST_FILE).read_bytes()
 
     @cached_property
     def leaf_table(self) -> bytes:

@@ -29,7 +29,15 @@ from pathlib import Path
 from merge_core import files
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import LeafTable, Manifest
-from merge_core.checkpoint.published import LeftOut, Survey, read_bounded, survey
+from merge_core.checkpoint.published import (
+    MANIFEST_FILE,
+    PUBLISHER_FILE,
+    SIGNATURE_FILE,
+    LeftOut,
+    Survey,
+    read_bounded,
+    survey,
+)
 from merge_core.checkpoint.reader import Checkpoint, Measured
 from merge_core.checkpoint.writer import clone_tree
 from merge_core.digest import Digest, ModelId, sha256
@@ -38,7 +46,6 @@ from node.catalog import licences
 from node.catalog.expert import (
     FINGERPRINT,
     LEAVES,
-    MANIFEST,
     MODEL,
     RECORD,
     Expert,
@@ -50,12 +57,11 @@ from node.catalog.expert import (
 from node.catalog.hashes import HashCache
 from node.domain.reasons import Reason
 from node.errors import LocalError, Refused, VerificationFailed, of_system
-from node.identity.binding import MAX_BINDING, PUBLISHER_FILE, Binding
+from node.identity.binding import MAX_BINDING, Binding
 from node.identity.keyring import Identity
 from node.provenance import attest, oms
 from node.provenance.sketch import sign
 
-SIGNATURE = "model.sig"
 _HIDDEN = (".partial-", ".removed-")
 
 log = logging.getLogger(__name__)
@@ -246,11 +252,11 @@ class Shelf:
         checked once more, small as it is beside the fetch. Raises VerificationFailed, CorruptCheckpoint,
         LocalError.
         """
-        manifest = Manifest.parse((directory / MANIFEST).read_bytes())
+        manifest = Manifest.parse((directory / MANIFEST_FILE).read_bytes())
         binding = Binding.parse(read_bounded(directory / PUBLISHER_FILE, MAX_BINDING))
         if binding.publisher.key_id != publisher:
             raise VerificationFailed(f"the model is signed by {binding.publisher.key_id}, not by {publisher}")
-        oms.parse_bundle(read_bounded(directory / SIGNATURE, oms.MAX_BUNDLE)).open(binding.publisher)
+        oms.parse_bundle(read_bounded(directory / SIGNATURE_FILE, oms.MAX_BUNDLE)).open(binding.publisher)
         with self._stage() as stage:
             directory.rename(stage / MODEL)
             files.create(stage / LEAVES, leaves.to_bytes())
@@ -287,7 +293,7 @@ class Shelf:
         self, found: Survey, source: Path, manifest: Manifest, stage: Path
     ) -> tuple[Binding | None, str]:
         """Build model/ with whatever of the source's own records holds; else say why none of them does."""
-        records = () if SIGNATURE not in found.records else found.records
+        records = () if SIGNATURE_FILE not in found.records else found.records
         model = stage / MODEL
         clone_tree({name: source / name for name in found.weights}, model)
         functional = {file.path: file.sha256 for file in manifest.files}
@@ -441,10 +447,10 @@ class Shelf:
 
 def _verified(model: Path, manifest: Manifest) -> Binding:
     """The binding of whoever signed a directory; raises VerificationFailed unless every file is as signed."""
-    if not (model / PUBLISHER_FILE).is_file() or not (model / MANIFEST).is_file():
+    if not (model / PUBLISHER_FILE).is_file() or not (model / MANIFEST_FILE).is_file():
         raise VerificationFailed("the signature names no weft publisher")
     binding = Binding.parse(read_bounded(model / PUBLISHER_FILE, MAX_BINDING))
-    if (model / MANIFEST).read_bytes() != manifest.to_bytes():
+    if (model / MANIFEST_FILE).read_bytes() != manifest.to_bytes():
         raise VerificationFailed("the manifest that was signed does not describe these weights")
     oms.verify_directory(model, binding.publisher)
     return binding
@@ -457,7 +463,7 @@ def _fingerprint(stage: Path, measured: Measured, sketch: Sketch, identity: Iden
         Measurable(
             model_id=measured.manifest.model_id,
             directory=stage / MODEL,
-            manifest=stage / MODEL / MANIFEST,
+            manifest=stage / MODEL / MANIFEST_FILE,
             leaves=stage / LEAVES,
         )
     )

@@ -15,14 +15,13 @@ from functools import cached_property
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.header import Header, parse_header
 from merge_core.checkpoint.manifest import FUNCTIONAL_FILES, LeafTable, Manifest
-from merge_core.checkpoint.published import MAX_WEIGHT_FILES
+from merge_core.checkpoint.published import MANIFEST_FILE, MAX_WEIGHT_FILES, PUBLISHER_FILE, SIGNATURE_FILE
 from merge_core.digest import Digest, canonical, sha256
 from merge_core.errors import CorruptCheckpoint
 from node.errors import PeerError, VerificationFailed
-from node.identity.binding import PUBLISHER_FILE, Binding
-from node.provenance.oms import SIGNATURE_FILE, parse_bundle
+from node.identity.binding import Binding
+from node.provenance.oms import parse_bundle
 
-MANIFEST_FILE = "weft.manifest.json"
 MAX_SMALL_FILES = 256 << 20
 """Bytes of all files but the weights together: they are held in memory until each has been checked."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from merge_core.checkpoint.header import PREFIX, header_length
 from merge_core.checkpoint.manifest import LeafTable, Manifest
+from merge_core.checkpoint.published import PUBLISHER_FILE, SIGNATURE_FILE
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
 from node.domain.holding import Holding, ModelRef
@@ -37,8 +38,8 @@ from node.exchange.lookup import collect, first, nobody, read_leaf_table, read_m
 from node.exchange.partial import Partial, Salvage, aside_of
 from node.exchange.schedule import Patience, Schedule
 from node.exchange.transfer import Transfer, to_the_end
-from node.identity.binding import PUBLISHER_FILE
-from node.provenance.oms import MAX_BUNDLE, SIGNATURE_FILE
+from node.exchange.whole import is_whole
+from node.provenance.oms import MAX_BUNDLE
 
 THREADS = 3
 
@@ -79,9 +80,10 @@ async def fetch(
     on_progress: Callable[[Progress], None] | None = None,
     patience: Patience | None = None,
 ) -> Fetched:
-    """Fetch a model into the directory `destination`, which must not exist or be empty.
+    """Fetch a model into the directory `destination`: it must not exist, be empty, or hold that very model.
 
-    An interrupted fetch goes on where it was when it is called again; `abandon` removes its traces.
+    An interrupted fetch goes on where it was when it is called again; its traces lie beside the destination.
+    One that had ended is verified again, and nothing is fetched.
     Raises NotEnoughPeers when nobody is left to ask, Refused when everybody refused; LocalError,
     LimitReached; CorruptCheckpoint when the publisher signed what is no checkpoint. `clock` is monotonic.
     """
@@ -139,6 +141,8 @@ class _Job:
 
         Returns None, or, if a header turned out a lie, where the tensors' bytes lie now by content root.
         """
+        if await to_the_end(self.pool, is_whole, destination, self.blueprint):
+            return None
         partial = await _open(destination, self.blueprint)
         try:
             await self._copy(partial)

@@ -16,7 +16,6 @@ from node.errors import VerificationFailed
 from node.identity.envelopes import Envelope, open_envelope, seal
 from node.identity.keys import HostKey, PublicPublisherKey, PublisherKey, host_verifier
 
-PUBLISHER_FILE = "weft.publisher.json"
 PAYLOAD_TYPE = "application/vnd.weft.binding+json"
 MAX_BINDING = 64 << 10
 LIFETIME = 10 * 365 * 24 * 3600

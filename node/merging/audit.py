@@ -14,7 +14,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_core.checkpoint.manifest import LeafTable, Manifest
-from merge_core.checkpoint.published import read_bounded
+from merge_core.checkpoint.published import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    PROVENANCE_FILE,
+    TRACE_FILE,
+    read_bounded,
+)
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.plan import MAX_PLAN, MergePlan
@@ -26,9 +32,7 @@ from node.jobs.runner import Attempt
 from node.merging.merge import lay_out, teller, worker_input
 from node.merging.parents import OnDisk, ParentSource
 from node.provenance import audit as verdicts
-from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, TRACE_FILE
 from node.provenance.audit import Outcome
-from node.provenance.statement import PROVENANCE_FILE
 from node.provenance.verify import verify
 from node.worker import process
 

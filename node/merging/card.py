@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import yaml
 
+from merge_core.checkpoint.published import RECIPE_FILE
 from merge_core.digest import ModelId
 from merge_core.plan import MergePlan
 from merge_core.recipe import Recipe, rename
 from node.catalog import licences
 from node.merging.parents import Parent
-from node.provenance.attest import RECIPE_FILE
 
 CARD_FILE = "README.md"
 

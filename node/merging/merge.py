@@ -23,7 +23,7 @@ from typing import Any
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import Manifest
-from merge_core.checkpoint.published import read_bounded
+from merge_core.checkpoint.published import MANIFEST_FILE, PLAN_FILE, SIGNATURE_FILE, read_bounded
 from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CannotWrite, CorruptCheckpoint, MergeCoreError, Unmergeable
@@ -39,8 +39,7 @@ from node.jobs.runner import Attempt
 from node.merging import card
 from node.merging.known import KnownPlaces
 from node.merging.parents import Obtained, OnDisk, Parent, ParentSource
-from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, Merge, Terms, attest, record
-from node.provenance.oms import SIGNATURE_FILE
+from node.provenance.attest import Merge, Terms, attest, record
 from node.worker import process
 
 Publish = Callable[[Path, str, str], Awaitable[None]]

@@ -16,7 +16,6 @@ from node.errors import VerificationFailed
 from node.identity.envelopes import Envelope, open_envelope
 from node.identity.keys import host_verifier
 
-AGREEMENTS_FILE = "weft.agreements.json"
 MAX_AGREEMENTS = 1024
 MAX_FILE = 64 << 20
 

@@ -14,22 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_core.checkpoint.manifest import Manifest
-from merge_core.checkpoint.published import survey
+from merge_core.checkpoint.published import (
+    AGREEMENTS_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    PROVENANCE_FILE,
+    PUBLISHER_FILE,
+    SIGNATURE_FILE,
+    TRACE_FILE,
+    survey,
+)
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.files import replace
 from merge_core.plan import MergePlan
 from merge_core.trace import Trace
-from node.identity.binding import PUBLISHER_FILE
 from node.identity.envelopes import Envelope
 from node.identity.keyring import Identity
 from node.provenance import agreements as negotiated
 from node.provenance import oms
-from node.provenance.statement import PROVENANCE_FILE, MergeProvenance, Parent, origins
-
-MANIFEST_FILE = "weft.manifest.json"
-PLAN_FILE = "weft.plan.json"
-TRACE_FILE = "weft.trace.json"
-RECIPE_FILE = "mergekit_config.yml"
+from node.provenance.statement import MergeProvenance, Parent, origins
 
 Progress = Callable[[int], None]
 
@@ -88,9 +91,9 @@ def attest(
     files = _files(merge) | {PUBLISHER_FILE: identity.binding.to_bytes()}
     _write(directory, files)
     found = survey(directory)
-    names = {*found.published, *found.records} - {PROVENANCE_FILE, oms.SIGNATURE_FILE}
+    names = {*found.published, *found.records} - {PROVENANCE_FILE, SIGNATURE_FILE}
     digests = oms.hash_files(directory, sorted(names), on_progress)
-    agreed = files.get(negotiated.AGREEMENTS_FILE)
+    agreed = files.get(AGREEMENTS_FILE)
     provenance = MergeProvenance(
         subjects=tuple(sorted(digests.items())),
         plan=merge.plan.digest,
@@ -132,7 +135,7 @@ def _files(merge: Merge) -> dict[str, bytes]:
         TRACE_FILE: merge.trace.to_bytes(),
     }
     if merge.agreements:
-        files[negotiated.AGREEMENTS_FILE] = negotiated.pack(merge.agreements)
+        files[AGREEMENTS_FILE] = negotiated.pack(merge.agreements)
     return files
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.checkpoint.manifest import TENSOR_NAME
+from merge_core.checkpoint.published import MANIFEST_FILE, PROVENANCE_FILE
 from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical
 from node.domain import text
 from node.domain.ids import PeerId
@@ -22,7 +23,7 @@ from node.identity.binding import Binding
 from node.identity.envelopes import Envelope, open_envelope, seal
 from node.identity.keyring import Identity
 from node.provenance.files import append_line
-from node.provenance.statement import PAYLOAD_TYPE, PROVENANCE_FILE, STATEMENT_TYPE
+from node.provenance.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 
 CLAIMS_FILE = "claims.jsonl"
 PREDICATE_TYPE = "https://slsa.dev/verification_summary/v1"
@@ -86,7 +87,7 @@ class Verdict:
         return canonical(
             {
                 "_type": STATEMENT_TYPE,
-                "subject": [{"name": "weft.manifest.json", "digest": _set(self.model_id)}],
+                "subject": [{"name": MANIFEST_FILE, "digest": _set(self.model_id)}],
                 "predicateType": PREDICATE_TYPE,
                 "predicate": {
                     "verifier": {"id": _PEER + self.auditor},

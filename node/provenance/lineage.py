@@ -14,15 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.checkpoint.manifest import MAX_MANIFEST, Manifest
-from merge_core.checkpoint.published import Survey, survey
+from merge_core.checkpoint.published import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    PROVENANCE_FILE,
+    PUBLISHER_FILE,
+    Survey,
+    survey,
+)
 from merge_core.digest import Digest, ModelId
 from merge_core.errors import MergeCoreError
 from merge_core.plan import MAX_PLAN, MergePlan
 from node.errors import VerificationFailed, WeftError
-from node.identity.binding import MAX_BINDING, PUBLISHER_FILE, Binding
-from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, Terms, parents_of
+from node.identity.binding import MAX_BINDING, Binding
+from node.provenance.attest import Terms, parents_of
 from node.provenance.files import read_record
-from node.provenance.statement import MAX_PROVENANCE, PROVENANCE_FILE, Parent, open_provenance
+from node.provenance.statement import MAX_PROVENANCE, Parent, open_provenance
 
 MAX_DEPTH = 32
 MAX_MODELS = 1000

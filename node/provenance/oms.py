@@ -25,6 +25,7 @@ from types import MappingProxyType
 from typing import Any
 
 from merge_core.checkpoint import published
+from merge_core.checkpoint.published import SIGNATURE_FILE
 from merge_core.checkpoint.reader import file_digest
 from merge_core.digest import Digest
 from merge_core.errors import CorruptCheckpoint
@@ -33,7 +34,6 @@ from node.errors import LocalError, VerificationFailed
 from node.identity.envelopes import Envelope, pae
 from node.identity.keys import PublicPublisherKey, PublisherKey
 
-SIGNATURE_FILE = "model.sig"
 MAX_BUNDLE = 4 << 20
 
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"

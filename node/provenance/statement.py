@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from merge_core.checkpoint.manifest import MAX_TENSORS, TENSOR_NAME, Manifest
-from merge_core.checkpoint.published import MAX_FILES, check_names
+from merge_core.checkpoint.published import MAX_FILES, TRACE_FILE, check_names
 from merge_core.digest import Digest, ModelId, canonical, parse_canonical
 from merge_core.errors import CorruptCheckpoint
 from merge_core.plan import MergePlan
@@ -31,7 +31,6 @@ from node.errors import VerificationFailed
 from node.identity.envelopes import Envelope, open_envelope, seal
 from node.identity.keys import PublicPublisherKey, PublisherKey
 
-PROVENANCE_FILE = "provenance.dsse.json"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
@@ -105,7 +104,7 @@ class MergeProvenance:
                             "finishedOn": datetime.fromtimestamp(self.finished_at, UTC).strftime(_TIME)
                         },
                         "byproducts": [
-                            {"name": "weft.trace.json", "digest": _set(self.trace)},
+                            {"name": TRACE_FILE, "digest": _set(self.trace)},
                             *(_tensor_json(tensor) for tensor in self.tensors),
                         ],
                     },

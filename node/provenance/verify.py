@@ -22,6 +22,16 @@ from typing import Any, TypeVar
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import MAX_MANIFEST, Manifest
+from merge_core.checkpoint.published import (
+    AGREEMENTS_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    PROVENANCE_FILE,
+    PUBLISHER_FILE,
+    RECIPE_FILE,
+    SIGNATURE_FILE,
+    TRACE_FILE,
+)
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import MergeCoreError
@@ -31,19 +41,12 @@ from merge_core.trace import MAX_TRACE, Trace
 from node.domain.ids import PeerId
 from node.domain.negotiation import Agreement, Purpose
 from node.errors import VerificationFailed, WeftError
-from node.identity.binding import MAX_BINDING, PUBLISHER_FILE, Binding
+from node.identity.binding import MAX_BINDING, Binding
 from node.identity.keys import PublicPublisherKey
 from node.provenance import agreements as negotiated
 from node.provenance import oms
-from node.provenance.attest import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE, TRACE_FILE
 from node.provenance.files import read_record
-from node.provenance.statement import (
-    MAX_PROVENANCE,
-    PROVENANCE_FILE,
-    MergeProvenance,
-    open_provenance,
-    origins,
-)
+from node.provenance.statement import MAX_PROVENANCE, MergeProvenance, open_provenance, origins
 
 _BESIDE = ("README.md", "model.safetensors.index.json")
 
@@ -158,7 +161,7 @@ def _structure(directory: Path) -> tuple[Checkpoint, str]:
 
 def _claims_nothing(checkpoint: Checkpoint) -> bool:
     """Whether this is a merge that nobody signed; a part of a signature is a signature that is broken."""
-    signed = {PUBLISHER_FILE, oms.SIGNATURE_FILE, PROVENANCE_FILE, negotiated.AGREEMENTS_FILE}
+    signed = {PUBLISHER_FILE, SIGNATURE_FILE, PROVENANCE_FILE, AGREEMENTS_FILE}
     recorded = {MANIFEST_FILE, PLAN_FILE, TRACE_FILE}
     records = set(checkpoint.survey.records)
     return signed.isdisjoint(records) and recorded <= records
@@ -268,7 +271,7 @@ def _difference(data: bytes, found: Manifest) -> str:
 
 
 def _claims_merge(checkpoint: Checkpoint) -> bool:
-    traces = {PROVENANCE_FILE, PLAN_FILE, TRACE_FILE, negotiated.AGREEMENTS_FILE}
+    traces = {PROVENANCE_FILE, PLAN_FILE, TRACE_FILE, AGREEMENTS_FILE}
     return not traces.isdisjoint(checkpoint.survey.records)
 
 
@@ -343,11 +346,11 @@ def _trace(checkpoint: Checkpoint, statement: MergeProvenance, plan: MergePlan |
 
 def _agreements(checkpoint: Checkpoint, statement: MergeProvenance) -> tuple[None, str]:
     if statement.agreements is None:
-        if negotiated.AGREEMENTS_FILE in checkpoint.survey.records:
+        if AGREEMENTS_FILE in checkpoint.survey.records:
             raise VerificationFailed("there are agreements that the provenance does not state")
         return None, "none: the builder had every parent"
     limit = negotiated.MAX_FILE
-    data = _as_stated(checkpoint, negotiated.AGREEMENTS_FILE, limit, statement.agreements)
+    data = _as_stated(checkpoint, AGREEMENTS_FILE, limit, statement.agreements)
     agreed = negotiated.parse(data)
     for agreement in agreed:
         _entitles(agreement, statement)

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merge_core.checkpoint.published import PUBLISHER_FILE
 from merge_core.digest import Digest, sha256
 from merge_core.errors import CorruptCheckpoint
 from node.errors import LocalError, VerificationFailed
-from node.identity.binding import PUBLISHER_FILE, bind
+from node.identity.binding import bind
 from node.identity.envelopes import pae
 from node.identity.keys import HostKey, PublicPublisherKey, PublisherKey
 from node.provenance import oms

@@ -11,6 +11,7 @@ from securesystemslib.dsse import Envelope as TheirEnvelope
 from securesystemslib.signer import SSlibKey
 
 from merge_core import execute
+from merge_core.checkpoint.published import PROVENANCE_FILE
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.digest import Digest, ModelId, canonical, sha256
 from node.errors import VerificationFailed
@@ -18,7 +19,7 @@ from node.identity.binding import bind
 from node.identity.envelopes import seal
 from node.provenance import audit
 from node.provenance.audit import Claim, Verdict
-from node.provenance.statement import PAYLOAD_TYPE, PROVENANCE_FILE
+from node.provenance.statement import PAYLOAD_TYPE
 
 NOW = 1_800_000_000.0
 

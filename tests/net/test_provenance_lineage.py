@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from merge_core.checkpoint.published import PROVENANCE_FILE
 from merge_core.digest import ModelId
 from merge_core.errors import CorruptCheckpoint
 from merge_core.files import replace as put
 from node.errors import VerificationFailed
 from node.provenance import lineage as walk
 from node.provenance.lineage import Origin, lineage
-from node.provenance.statement import PROVENANCE_FILE, open_provenance
+from node.provenance.statement import open_provenance
 
 
 def nowhere(_: ModelId) -> None:

@@ -17,15 +17,16 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 
 from merge_core.checkpoint.manifest import Manifest
+from merge_core.checkpoint.published import AGREEMENTS_FILE, PROVENANCE_FILE, PUBLISHER_FILE
 from merge_core.digest import canonical, sha256
 from merge_core.files import replace as put
 from merge_core.plan import MergePlan
 from node.domain.negotiation import Purpose
 from node.errors import VerificationFailed
-from node.identity.binding import PUBLISHER_FILE, bind
+from node.identity.binding import bind
 from node.identity.keys import PublisherKey
 from node.provenance import agreements, oms
-from node.provenance.statement import PROVENANCE_FILE, MergeProvenance, open_provenance
+from node.provenance.statement import MergeProvenance, open_provenance
 from node.provenance.verify import Report, verify
 
 NOW = 1_800_000_000.0
@@ -220,7 +221,7 @@ def test_agreements_for_something_else_are_red(family, agreed) -> None:
         (agreed(family.owner, family.builder, replace(family.plan, donor=1)), "something else"),
     ):
         data = agreements.pack([envelope])
-        put(family.merged / agreements.AGREEMENTS_FILE, data)
+        put(family.merged / AGREEMENTS_FILE, data)
         report = resign(family, lambda s, data=data: replace(s, agreements=sha256(data)))
         assert red(report) == {"agreements"}
         assert why in next(c.detail for c in report.checks if c.name == "agreements")
