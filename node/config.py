@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core import files
+from node.domain.address import Address
 from node.domain.ticket import Ticket
 from node.errors import LocalError
 
@@ -46,12 +47,17 @@ class Config:
                 raise _invalid(f"{name} {getattr(self, name)!r} is not host:port")
         if not self.control_api.startswith(("127.", "localhost:", "[::1]:")):
             raise _invalid(f"control_api {self.control_api!r} is not a loopback address")
-        for address in (*self.listen, *self.announce, *self.bootstrap):
+        for address in (*self.listen, *self.announce):
             if not address.startswith("/"):
                 raise _invalid(f"{address!r} is not a multiaddr such as /ip4/0.0.0.0/tcp/9350")
         for address in self.announce:
             if "/p2p/" in address:
                 raise _invalid(f"announce {address!r}: leave out /p2p/…, the node adds its own peer id")
+        for address in self.bootstrap:
+            try:
+                Address.parse(address)
+            except ValueError as error:
+                raise _invalid(f"bootstrap: {error}") from error
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -77,16 +83,22 @@ def save(config: Config, path: Path) -> None:
     lines = ["# Settings of this weft node; `weft up --help` says what each one means.\n"]
     for field in fields(config):
         value = getattr(config, field.name)
-        lines.append(f"{field.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}\n")
+        lines.append(f"{field.name} = {_toml(list(value) if isinstance(value, tuple) else value)}\n")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     files.replace(path, "".join(lines).encode())
+
+
+def _toml(value: str | list[str]) -> str:
+    """A string or a list of them as TOML: JSON, but for surrogate pairs and the one control it leaves."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _from_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = tomllib.loads(path.read_text())
+        written = path.read_text(encoding="utf-8")
+        found = tomllib.loads(written)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise LocalError(f"{path} cannot be read: {error}", hint=f"edit it, or: rm {path}") from error
     kinds = {field.name: type(getattr(Config(), field.name)) for field in fields(Config)}
@@ -100,7 +112,22 @@ def _from_file(path: Path) -> dict[str, Any]:
         if not isinstance(value, wanted) or not all(isinstance(text, str) for text in texts):
             wanted_name = "list of strings" if wanted is list else "string"
             raise LocalError(f"{path}: {key} must be a {wanted_name}", hint=f"edit it, or: rm {path}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    for key in values:
+        try:
+            replace(Config(), **{key: values[key]})
+        except LocalError as error:
+            line = _line_of(key, written)
+            why = f"{path}, line {line}: {error.why}"
+            raise LocalError(why, hint=f"edit line {line} of {path}") from error
+    return values
+
+
+def _line_of(key: str, written: str) -> int:
+    """Where in a TOML text a top-level key is set, counted from 1."""
+    lines = written.splitlines()
+    found = (n for n, line in enumerate(lines, 1) if re.match(rf"\s*[\"']?{key}[\"']?\s*=", line))
+    return next(found, 1)
 
 
 def _from_environment() -> dict[str, Any]:

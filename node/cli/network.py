@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from node.cli import follow, render
-from node.cli.output import out
+from node.cli.output import escape, out
 
 MERGING = "Merging"
 jobs_verbs = typer.Typer(help="List, watch, cancel or resume long-running work.")
@@ -100,10 +100,14 @@ def invite() -> None:
 
 def join(ticket: str) -> None:
     """Join the network of the node that made TICKET, now and at every start."""
-    from node import app
+    from node import app, config
     from node.home import Home
 
-    joined = app.join(Home.default(), ticket)
+    home = Home.default()
+    before = config.stored(home.config).network
+    joined = app.join(home, ticket)
+    if before not in (joined.network, config.Config().network):
+        out.say(f"[yellow]note:[/] this home was set to network {escape(before)}, and no longer is")
     data = {"network": joined.network, "peer_id": joined.peer}
     out.result(data, lambda console: console.print(f"joined {joined.network} through {joined.peer}"))
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from typing import Any
 
 from merge_core.digest import canonical, parse_canonical
 from node.domain import text
+from node.domain.address import MAX_ADDRESS, Address
 from node.domain.ids import PeerId
 
 _PREFIX = "weft1:"
@@ -27,7 +29,7 @@ class Ticket:
     @property
     def peer(self) -> PeerId:
         """The peer that all addresses lead to."""
-        return PeerId(self.addresses[0].rpartition("/p2p/")[2])
+        return Address.parse(self.addresses[0]).peer
 
     def __str__(self) -> str:
         data = canonical({"network": self.network, "addresses": list(self.addresses)})
@@ -45,13 +47,14 @@ class Ticket:
             value = text.fields(parse_canonical(data), {"network", "addresses"})
         except (ValueError, RecursionError, TypeError) as error:
             raise ValueError(f"the ticket is damaged: {error}") from error
-        addresses = text.items(
-            value["addresses"], _MAX_ADDRESSES, "addresses", lambda item: text.text(item, 400, "an address")
-        )
-        if not addresses or len({address.rpartition("/p2p/")[2] for address in addresses}) != 1:
+        addresses = text.items(value["addresses"], _MAX_ADDRESSES, "addresses", _address)
+        if len({address.peer for address in addresses}) != 1:
             raise ValueError("the addresses of a ticket lead to one peer")
-        ticket_read = cls(
-            network=text.matching(value["network"], text.NETWORK, "network name"), addresses=addresses
+        return cls(
+            network=text.matching(value["network"], text.NETWORK, "network name"),
+            addresses=tuple(map(str, addresses)),
         )
-        PeerId(ticket_read.peer)
-        return ticket_read
+
+
+def _address(item: Any) -> Address:
+    return Address.parse(text.text(item, MAX_ADDRESS, "an address"))

@@ -13,7 +13,6 @@ Rules that both implementations keep:
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -22,6 +21,7 @@ from typing import Protocol, Self
 
 import anyio
 
+from node.domain.address import Address
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import LimitReached, LocalError, PeerError, Refused, Unreachable
@@ -84,17 +84,6 @@ class PeerInfo:
     addresses: tuple[str, ...]
     direction: Direction
     latency: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
-    """A complete multiaddr: where a peer listens (`/ip4/192.0.2.7/tcp/4001`) and who it has to be."""
-
-    transport: str
-    peer: PeerId
-
-    def __str__(self) -> str:
-        return f"{self.transport}/p2p/{self.peer}"
 
 
 Handler = Callable[[PeerId, bytes], Awaitable[bytes]]
@@ -172,20 +161,10 @@ class Network(Protocol):
         """Call `listener` at each change of a peer."""
 
 
-_HOST = r"/(?:ip4/[0-9.]{7,15}|ip6/[0-9a-fA-F:.]{2,45}|dns[46]?/[A-Za-z0-9.-]{1,253})"
-_ADDRESS = re.compile(rf"({_HOST}/tcp/([0-9]{{1,5}}))/p2p/([1-9A-HJ-NP-Za-km-z]+)")
-
-
 def parse_address(text: str) -> Address:
     """Read a complete TCP multiaddr; raises LocalError on anything else."""
-    found = _ADDRESS.fullmatch(text) if len(text) <= 400 else None
-    if found is None or not 0 < int(found[2]) < 65536:
-        raise LocalError(
-            f"not a complete TCP multiaddr: {text[:120]!r}",
-            hint="ask the other node for its address: weft invite",
-        )
     try:
-        return Address(transport=found[1], peer=PeerId(found[3]))
+        return Address.parse(text)
     except ValueError as error:
         raise LocalError(str(error), hint="ask the other node for its address: weft invite") from error
 

@@ -14,9 +14,10 @@ from typing import Protocol
 
 import anyio
 
+from node.domain.address import Address
 from node.domain.ids import PeerId
 from node.errors import LocalError, PeerError, Unreachable, WeftError
-from node.network.base import Address, PeerInfo, parse_address
+from node.network.base import PeerInfo, parse_address
 from node.network.flow import Limits
 
 FIRST_DELAY = 1.0

@@ -150,7 +150,14 @@ def test_an_address_reads_back(transport: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["/ip4/1.2.3.4/udp/1/quic-v1", "/ip4/1.2.3.4/tcp/0", "/ip4/1.2.3.4/tcp/70000", "x" * 500]
+    "text",
+    [
+        "/ip4/1.2.3.4/udp/1/quic-v1",
+        "/ip4/1.2.3.4/tcp/0",
+        "/ip4/1.2.3.4/tcp/70000",
+        "/ip4/1.2.3.400/tcp/7",
+        "x" * 500,
+    ],
 )
 def test_other_addresses_are_malformed(text: str) -> None:
     with pytest.raises(LocalError) as caught:

@@ -34,6 +34,22 @@ def test_addresses_that_lead_to_two_peers_are_no_ticket() -> None:
         Ticket.parse(str(ticket))
 
 
+@pytest.mark.parametrize(
+    ("transport", "why"),
+    [
+        ("/ip4/192.0.2.7/tcp/1/\U0001f600", "not a complete TCP multiaddr"),
+        ("nonsense", "not a complete TCP multiaddr"),
+        ("", "not a complete TCP multiaddr"),
+        ("/ip4/192.0.2.7/udp/1", "not a complete TCP multiaddr"),
+        ("/ip4/192.0.2.777/tcp/1", "Octet 777"),
+    ],
+)
+def test_an_address_that_no_node_could_dial_is_no_ticket(transport: str, why: str) -> None:
+    ticket = Ticket(network="family", addresses=(TICKET.addresses[0], f"{transport}/p2p/{PEER}"))
+    with pytest.raises(ValueError, match=why):
+        Ticket.parse(str(ticket))
+
+
 @given(st.text())
 def test_any_other_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="ticket"):
