@@ -12,6 +12,7 @@ from merge_core.plan import MergePlan
 from merge_core.recipe import Recipe, rename
 from node.catalog import licences
 from node.merging.parents import Parent
+from node.merging.terms import together
 
 CARD_FILE = "README.md"
 
@@ -27,10 +28,7 @@ def files(recipe: Recipe, plan: MergePlan, parents: Sequence[Parent], model_id: 
 
 def combined_licence(parents: Sequence[Parent]) -> str:
     """The SPDX expression that satisfies every parent; NOASSERTION when one of them says nothing."""
-    names = sorted({parent.licence for parent in parents})
-    if licences.NO_LICENCE in names:
-        return licences.NO_LICENCE
-    return names[0] if len(names) == 1 else " AND ".join(f"({n})" if " OR " in n else n for n in names)
+    return together([parent.licence for parent in parents])
 
 
 def _card(
