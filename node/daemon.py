@@ -23,7 +23,7 @@ from node.catalog.expert import Origin
 from node.catalog.fingerprints import Fingerprints
 from node.catalog.gossip import Gossip
 from node.catalog.hashes import HashCache
-from node.catalog.shelf import Content, Shelf
+from node.catalog.shelf import Shelf
 from node.catalog.sketching import sketch_in_worker
 from node.config import Config
 from node.control import running, server
@@ -40,9 +40,11 @@ from node.jobs.runner import Jobs, Work
 from node.merging.audit import Auditing
 from node.merging.known import KnownPlaces
 from node.merging.merge import Merging
+from node.merging.overlay import Overlay
 from node.merging.parents import LocalParents
-from node.merging.remote import NetworkParents, Overlay
-from node.merging.work import AuditWork, FetchWork
+from node.merging.private import PrivateShelves, is_over
+from node.merging.remote import NetworkParents
+from node.merging.work import AuditWork, FetchWork, Tidy
 from node.negotiation import policy as policies
 from node.negotiation.policy import Policy
 from node.negotiation.provider import Provider
@@ -125,7 +127,7 @@ async def running_node(
         await stack.enter_async_context(jobs)
         tasks = await stack.enter_async_context(_Tasks(on_crash=stop))
         tasks.add(gossip.run())
-        tasks.add(_tidy(provider))
+        tasks.add(_tidy(provider, overlay.private, Journal(store), clock))
         tasks.add(stay_connected(network, settings.bootstrap))
         services = server.Services(
             home=home,
@@ -247,37 +249,23 @@ def _overlay(
     clock: Clock,
 ) -> Overlay:
     hashes = HashCache(home.cache / "hashes")
-    private = Shelf(home.parents, hashes=hashes)
     return Overlay(
         me=identity.peer_id,
         book=book,
         negotiation=negotiation,
         links=links,
         shelf=shelf,
-        private=private,
+        private=PrivateShelves(home.parents, home.incoming, hashes=hashes),
         hashes=hashes,
-        incoming=home.incoming,
-        have=_Both(shelf, private),
         clock=clock,
     )
-
-
-class _Both:
-    """What lies on either shelf, by content."""
-
-    def __init__(self, *shelves: Shelf) -> None:
-        self._shelves = shelves
-
-    def locate(self, content_root: str, length: int) -> Content | None:
-        found = (shelf.locate(content_root, length) for shelf in self._shelves)
-        return next((content for content in found if content is not None), None)
 
 
 def _jobs(
     home: Home, identity: Identity, overlay: Overlay, gossip: Gossip, store: Store, clock: Clock
 ) -> tuple[Merging, Jobs]:
     def on_shelf(model_id: Any) -> Path | None:
-        expert = overlay.held(model_id)
+        expert = overlay.shelf.find(model_id)
         return expert.directory if expert else None
 
     async def publish(directory: Path, name: str, licence: str) -> None:
@@ -294,21 +282,22 @@ def _jobs(
         await gossip.announce()
 
     known = KnownPlaces(home.cache / "known", on_shelf)
-    parents = NetworkParents(overlay, LocalParents(overlay.hashes, known, Path("/")))
+    parents = NetworkParents(overlay, LocalParents(overlay.hashes, known, None))
     merging = Merging(parents, identity, clock=clock, known=known, publish=publish)
     auditing = Auditing(parents, identity, claims=home.claims, clock=clock)
     work: dict[JobKind, Work] = {
-        JobKind.MERGE: merging.merge,
-        JobKind.FETCH: FetchWork(overlay, gossip),
-        JobKind.AUDIT: AuditWork(overlay, auditing),
+        JobKind.MERGE: Tidy(merging.merge, overlay.private),
+        JobKind.FETCH: Tidy(FetchWork(overlay, gossip), overlay.private),
+        JobKind.AUDIT: Tidy(AuditWork(overlay, auditing), overlay.private),
     }
     return merging, Jobs(Journal(store), work, clock=clock)
 
 
-async def _tidy(provider: Provider) -> None:
+async def _tidy(provider: Provider, private: PrivateShelves, journal: Journal, clock: Clock) -> None:
     """Forget what is over, once an hour, until cancelled."""
     while True:
         provider.forget()
+        await asyncio.to_thread(private.sweep, lambda job: is_over(journal, job, clock()))
         await asyncio.sleep(TIDY_SECONDS)
 
 

@@ -12,8 +12,10 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
+from merge_core.checkpoint.published import PLAN_FILE
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
+from merge_core.plan import MAX_PLAN, MergePlan
 from node.domain.holding import ModelRef
 from node.domain.ids import PeerId
 from node.errors import NotEnoughPeers, PeerError, Refused, Unreachable, VerificationFailed, WeftError
@@ -76,6 +78,25 @@ async def read_config(holders: Sequence[Holder], manifest: Manifest) -> dict[str
         return value
 
     return await first(holders, ask, f"the config of {manifest.model_id}")
+
+
+async def read_plan(holders: Sequence[Holder], model_id: ModelId) -> MergePlan:
+    """Ask holders in turn by which plan a model was merged; raises as `read_manifest` does.
+
+    It is what the holder says: only the signature, which comes with the model, proves it.
+    """
+    anybody = ModelRef(model_id=model_id, publisher=None)
+
+    async def ask(holder: Holder) -> MergePlan:
+        holding = await holder.describe(anybody)
+        size = holding.size_of(PLAN_FILE)
+        if size is None or size > MAX_PLAN:
+            raise PeerError(f"{model_id} is not a merge, says peer {holder.peer.short}")
+        ref = ModelRef(model_id=model_id, publisher=holding.publisher)
+        data = await collect(holder.file(ref, PLAN_FILE, 0, size), size)
+        return await asyncio.to_thread(MergePlan.parse, data)
+
+    return await first(holders, ask, f"the plan of {model_id}")
 
 
 async def read_fingerprint(holders: Sequence[Holder], ref: ModelRef, digest: Digest) -> bytes:

@@ -89,11 +89,11 @@ class Known(Protocol):
 class LocalParents:
     """Checkpoints on this machine: hashed once, remembered by what identifies the files unread."""
 
-    def __init__(self, hashes: HashCache, known: Known, folder: Path) -> None:
-        """Relative references are read from `folder`; model ids are looked up in `known`."""
+    def __init__(self, hashes: HashCache, known: Known, folder: Path | None) -> None:
+        """Relative references are read from `folder`, if there is one; model ids are looked up in `known`."""
         self._hashes = hashes
         self._known = known
-        self._folder = folder
+        self.folder = folder
 
     async def find(self, references: Sequence[str], attempt: Attempt | None) -> tuple[Parent, ...]:
         """Measure each checkpoint; raises NotEnoughPeers where one is not on this machine."""
@@ -106,7 +106,7 @@ class LocalParents:
         return Obtained(parents={parent.model_id: on_disk(parent) for parent in parents})
 
     async def _one(self, reference: str, attempt: Attempt | None) -> Parent:
-        found = parse_reference(reference, self._folder)
+        found = parse_reference(reference, self.folder)
         path = found.path if isinstance(found, LocalDirectory) else None
         if isinstance(found, Published):
             path = self._known.find(found.model_id)

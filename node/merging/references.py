@@ -45,8 +45,11 @@ class Named:
 Reference = LocalDirectory | Published | Named
 
 
-def parse_reference(text: str, folder: Path) -> Reference:
-    """Read one reference; what looks like a path is one, relative to `folder`. Raises InvalidRecipe."""
+def parse_reference(text: str, folder: Path | None) -> Reference:
+    """Read one reference; what looks like a path is one, relative to `folder`. Raises InvalidRecipe.
+
+    Without a folder only absolute paths are paths: a node's own working directory means nothing to a recipe.
+    """
     try:
         if text.startswith(_PEER):
             peer, _, model = text.removeprefix(_PEER).partition("/")
@@ -55,9 +58,13 @@ def parse_reference(text: str, folder: Path) -> Reference:
             return Published(ModelId(text))
     except ValueError as error:
         raise InvalidRecipe(f"{text[:120]}: {error}", hint="weft search") from error
-    path = folder / Path(text).expanduser()
-    if path.is_dir() or text.startswith((".", "/", "~")):
+    path = Path(text).expanduser()
+    if folder is not None:
+        path = folder.absolute() / path
+    if path.is_absolute() and (path.is_dir() or text.startswith((".", "/", "~"))):
         return LocalDirectory(path.absolute())
+    if text.startswith("."):
+        raise InvalidRecipe(f"{text[:120]} is relative to nothing here", hint="give an absolute path")
     return Named(text)
 
 

@@ -2,7 +2,7 @@
 
 Rules: the caller is who its certificate says, looked up again on every call, so that a dismissed peer is
 refused on the connection it has; weights and files go only where an agreement covers them, everything else
-(description, manifest, leaf table, fingerprint, config.json) to any admitted peer; every write has a
+(description, manifest, leaf table, fingerprint, FREE_FILES) to any admitted peer; every write has a
 deadline, so that a reader which stops reading costs no more than that; only regular files are served.
 """
 
@@ -36,8 +36,8 @@ from node.peer.transport import OPTIONS, SERVICE
 from node.wire import peer as wire
 from node.wire.v1 import peer_pb2 as pb
 
-FREE_FILES = frozenset({"config.json"})
-"""Files that planning needs, before there can be an agreement."""
+FREE_FILES = frozenset({"config.json", "weft.plan.json"})
+"""Files that an offer rests on: planning a merge takes the one, naming the plan to audit the other."""
 MAX_CALLS = 128
 _EXPECTED = (Refused, OSError, ValueError, MergeCoreError, LocalError)
 """What may go wrong with a held model; none of it reaches the caller but a Refused."""
