@@ -278,6 +278,18 @@ class VerifiedSource:
         return buffer
 
 
+def read_functional(directory: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The functional files of a checkpoint, as its manifest names them; raises CorruptCheckpoint."""
+    files: dict[str, bytes] = {}
+    for record in manifest.files:
+        files[record.path] = published.read_bounded(directory / record.path, record.size)
+        if sha256(files[record.path]) != record.sha256:
+            raise CorruptCheckpoint(
+                f"{directory / record.path} is not what was published", hint=f"weft verify {directory}"
+            )
+    return files
+
+
 def parse_config(data: bytes) -> dict[str, Any]:
     """Read a config.json that may come from anybody: a JSON object of at most 4 MiB.
 

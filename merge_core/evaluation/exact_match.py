@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 
 from merge_core.errors import MergeCoreError, Unmergeable
 from merge_core.evaluation.loading import load_model
+from merge_core.operators.arithmetic import one_thread_each
 from merge_core.zoo.domains import BOS, DOMAINS, EOS, LENGTH, SPLITS, VOCABULARY, Domain, Item, encode, items
 from merge_core.zoo.domains import decode as text_of
-from merge_core.zoo.training import one_thread
 
 _BATCH = 128
 
@@ -45,7 +45,7 @@ def verdicts(
     model = load_model(directory)
     if model.config.vocab_size != VOCABULARY:
         raise Unmergeable(f"{directory} has {model.config.vocab_size} tokens; the domains need {VOCABULARY}")
-    with one_thread():
+    with one_thread_each():
         return {name: _judge(model, DOMAINS[name], items(DOMAINS[name], split)[:limit]) for name in domains}
 
 

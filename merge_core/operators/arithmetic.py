@@ -47,7 +47,7 @@ def narrow(values: Tensor, dtype: str) -> memoryview:
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Keep torch from starting threads of its own: the caller's are enough. Results do not depend on it."""
+    """Keep torch from starting threads of its own: the caller's are enough, and sums keep their order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -21,8 +21,9 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
+from merge_core.operators.arithmetic import one_thread_each
 from merge_core.zoo.domains import BOS, EOS, FIRST_CHARACTER, PAD, VOCABULARY
-from merge_core.zoo.training import RECIPES, Progress, TrainingRecipe, one_thread, train_base, train_expert
+from merge_core.zoo.training import RECIPES, Progress, TrainingRecipe, train_base, train_expert
 
 _RECORD = "zoo.json"
 _VERSION = 1
@@ -73,7 +74,7 @@ def build(directory: Path, *, seed: int, size: str = "demo", on_progress: Progre
 
 def _train(directory: Path, recipe: TrainingRecipe, origin: Origin, on_progress: Progress) -> None:
     seed = int(origin["seed"])
-    with one_thread():
+    with one_thread_each():
         base = train_base(recipe, _generator(seed, "base"), on_progress)
         weights = {"base": _save(base, directory / "base", f"part-skilled base, seed {seed}")}
         for domain in recipe.domains:

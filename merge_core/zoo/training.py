@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -175,17 +174,6 @@ def exact_share(model: LlamaForCausalLM, among: Sequences) -> float:
     predicted = model(input_ids=among.ids).logits[:, :-1].argmax(-1)
     labels = among.labels[:, 1:]
     return float(((predicted == labels) | (labels == _IGNORED)).all(dim=1).float().mean())
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: at this size it is as fast, and sums keep their order on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Muon(torch.optim.Optimizer):

@@ -23,10 +23,11 @@ from typing import Any
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import Manifest
-from merge_core.checkpoint.published import MANIFEST_FILE, PLAN_FILE, SIGNATURE_FILE, read_bounded
+from merge_core.checkpoint.published import MANIFEST_FILE, PLAN_FILE, SIGNATURE_FILE
+from merge_core.checkpoint.reader import read_functional
 from merge_core.checkpoint.writer import CheckpointWriter, partial_path
-from merge_core.digest import ModelId, sha256
-from merge_core.errors import CannotWrite, CorruptCheckpoint, MergeCoreError, Unmergeable
+from merge_core.digest import ModelId
+from merge_core.errors import CannotWrite, MergeCoreError, Unmergeable
 from merge_core.functional import output_files
 from merge_core.plan import Estimate, MergePlan, draft
 from merge_core.recipe import Recipe
@@ -131,7 +132,7 @@ class Merging:
         merged = _read_back(planned, obtained, made)
         texts = card.files(planned.recipe, planned.plan, planned.parents, merged.manifest.model_id)
         donor = obtained.parents[planned.plan.inputs[planned.plan.donor]]
-        functional = output_files(planned.plan, _functional(donor))
+        functional = output_files(planned.plan, read_functional(donor.directory, donor.manifest))
         with CheckpointWriter.create(target, planned.plan.layout) as writer:
             if not writer.resumed:
                 writer.discard()
@@ -220,17 +221,6 @@ def lay_out(work: Path, plan: MergePlan, inputs: Sequence[OnDisk]) -> None:
         paths = worker_input(work, position, parent)
         Path(paths["manifest"]).write_bytes(parent.manifest.to_bytes())
         Path(paths["leaves"]).write_bytes(parent.leaves.to_bytes())
-
-
-def _functional(parent: OnDisk) -> dict[str, bytes]:
-    """The donor's functional files; raises CorruptCheckpoint where one is not what its manifest names."""
-    files = {f.path: read_bounded(parent.directory / f.path, f.size) for f in parent.manifest.files}
-    for file in parent.manifest.files:
-        if sha256(files[file.path]) != file.sha256:
-            raise CorruptCheckpoint(
-                f"{parent.directory / file.path} has changed", hint=f"weft verify {parent.directory}"
-            )
-    return files
 
 
 def teller(attempt: Attempt) -> Callable[[dict[str, Any]], None]:

@@ -27,8 +27,7 @@ from merge_core import files
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
 from merge_core.checkpoint.published import read_bounded
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
-from merge_core.digest import sha256
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, read_functional
 from merge_core.errors import CorruptCheckpoint
 from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
@@ -153,14 +152,8 @@ def _inputs(
             if manifest.model_id != wanted:
                 raise CorruptCheckpoint(f"the plan names {wanted}; its input is {manifest.model_id}")
         manifest, _ = opened[plan.donor]
-        directory = Path(described[plan.donor]["directory"])
-        files = {f.path: read_bounded(directory / f.path, f.size) for f in manifest.files}
-        for record in manifest.files:
-            if sha256(files[record.path]) != record.sha256:
-                raise CorruptCheckpoint(
-                    f"{directory / record.path} is not what was published", hint=f"weft verify {directory}"
-                )
-        yield [source for _, source in opened], files
+        donor_files = read_functional(Path(described[plan.donor]["directory"]), manifest)
+        yield [source for _, source in opened], donor_files
 
 
 @contextmanager
