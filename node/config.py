@@ -17,10 +17,10 @@ from typing import Any
 
 from merge_core import files
 from node.domain.address import Address
+from node.domain.text import NETWORK
 from node.domain.ticket import Ticket
 from node.errors import LocalError
 
-_NETWORK = re.compile(r"[a-z0-9][a-z0-9.\-]{0,62}")
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}")
 
 
@@ -40,8 +40,8 @@ class Config:
     bootstrap: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _NETWORK.fullmatch(self.network):
-            raise _invalid(f"network {self.network!r}: use lower-case letters, digits, dots and hyphens")
+        if not NETWORK.fullmatch(self.network):
+            raise _invalid(f"network {self.network!r}: use lower-case letters, digits and any of . - _")
         for name in ("peer_api", "control_api"):
             if not _HOST_PORT.fullmatch(getattr(self, name)):
                 raise _invalid(f"{name} {getattr(self, name)!r} is not host:port")

@@ -91,6 +91,12 @@ def test_a_flag_beats_the_environment_which_beats_the_file(
     assert config.load(path, {"announce": ["/ip4/192.0.2.9/tcp/3"]}).announce == ("/ip4/192.0.2.9/tcp/3",)
 
 
+def test_a_node_can_join_whatever_network_a_ticket_may_name(tmp_path: Path) -> None:
+    ticket = Ticket(network="a_b.c-1", addresses=("/ip4/192.0.2.1/tcp/9350",))
+    config.remember(tmp_path / "config.toml", ticket)
+    assert config.load(tmp_path / "config.toml").network == "a_b.c-1"
+
+
 def test_the_environment_stays_out_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home(tmp_path)
     monkeypatch.setenv("WEFT_NETWORK", "envnet")
