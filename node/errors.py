@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 from merge_core.errors import (
     CannotWrite,
@@ -94,9 +95,13 @@ class LimitReached(LocalError):
 
 
 class VerificationFailed(WeftError):
-    """A signature, a digest or an audit did not hold."""
+    """A signature, a digest or an audit did not hold; `report` holds all checks, where there were several."""
 
     exit_code = 5
+
+    def __init__(self, why: str, *, hint: str = "", report: dict[str, Any] | None = None) -> None:
+        super().__init__(why, hint=hint)
+        self.report = report
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -181,6 +181,7 @@ def verify(
         raise VerificationFailed(
             f"nobody signed {directory}: only executing the merge again tells what it is",
             hint=f"weft verify {directory} --audit full",
+            report=data,
         )
     if report.ok:
         out.result(data, lambda console: render.report(console, data))
@@ -188,7 +189,9 @@ def verify(
     render.report(out.story_console, data)
     failed = next(check for check in report.checks if check.ok is False)
     raise VerificationFailed(
-        f"{directory} does not hold: {failed.name}: {failed.detail}", hint="fetch it again: weft get ID"
+        f"{directory} does not hold: {failed.name}: {failed.detail}",
+        hint="fetch it again: weft get ID",
+        report=data,
     )
 
 

@@ -112,13 +112,15 @@ def _explain(error: Exception) -> int:
         raise error
     code, kind = exit_code_of(error), str(getattr(error, "kind", type(error).__name__))
     why, *more = error.why.splitlines() or [kind]
-    problems = (*more, *getattr(error, "problems", ()))
-    return _fail(why, error.hint or _NEXT.get(code, "weft doctor"), code, kind, problems)
+    details = {
+        "problems": [*more, *getattr(error, "problems", ())],
+        "report": getattr(error, "report", None),
+    }
+    return _fail(why, error.hint or _NEXT.get(code, "weft doctor"), code, kind, details)
 
 
-def _fail(why: str, hint: str, code: int, kind: str, problems: tuple[str, ...] = ()) -> int:
+def _fail(why: str, hint: str, code: int, kind: str, details: dict[str, Any] | None = None) -> int:
     failure: dict[str, Any] = {"kind": kind, "why": why, "hint": hint, "exit_code": code}
-    if problems:
-        failure["problems"] = list(problems)
+    failure |= {name: value for name, value in (details or {}).items() if value}
     out.failure(failure)
     return code

@@ -176,6 +176,8 @@ def test_one_flipped_bit_is_refused(name: str, made: Made, weft) -> None:
     said = weft("verify", "tampered", "--json")
     assert said.code == 5 and "✗" in said.err
     assert said.error["hint"] == "fetch it again: weft get ID"
+    report = said.error["report"]
+    assert report["ok"] is False and any(check["ok"] is False for check in report["checks"])
 
 
 def test_the_key_of_somebody_else_does_not_verify(made: Made, weft, owner, monkeypatch) -> None:
