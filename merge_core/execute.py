@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from merge_core.checkpoint import dtypes, merkle
+from merge_core.checkpoint.finite import finite
 from merge_core.checkpoint.manifest import LeafTable, Manifest, TensorRecord, tensor_root_of
 from merge_core.checkpoint.reader import file_record, tensor_record
 from merge_core.checkpoint.source import TensorSource
@@ -95,7 +96,7 @@ def run(
 
     `sources` are the plan's inputs in order, `donor_files` the functional files of the donor. Raises
     CorruptCheckpoint when an input is not what its digest says, Unmergeable when a tensor cannot be merged
-    after all, CannotWrite when the disk fails.
+    after all or would hold NaN or infinity, CannotWrite when the disk fails.
     """
     _check_sources(plan, sources, plan.tensors)
     files = output_files(plan, donor_files)
@@ -109,7 +110,7 @@ def run(
             work = _Work(tensor, sources, pool, chunk_elements)
             claimed = log.finished.get(tensor.name)
             if claimed is None or not _still_there(writer, work, claimed):
-                claimed = _produce(writer, work)
+                claimed = _produce(plan, writer, work)
                 log.add(tensor.name, claimed)
             finished[tensor.name] = claimed
             if on_progress:
@@ -253,6 +254,15 @@ class _Work:
 
         return self._pool.ordered(produce, self.pieces)
 
+    def damaged(self, piece: int) -> int | None:
+        """The first input of the plan with NaN or infinity in a piece; None where all hold numbers."""
+        if self._copied:
+            data = self._sources[0].read(self.tensor.name, piece, 1)
+            return None if finite(data, self.tensor.dtype) else self.tensor.inputs[0]
+        _, inputs = self._read(piece)
+        pairs = zip(self.tensor.inputs, inputs, strict=True)
+        return next((index for index, elements in pairs if not elements.isfinite().all()), None)
+
     def check(self, claimed: Sequence[bytes], load: Callable[[int, int], bytes]) -> bool:
         """Whether the bytes that `load(offset, length)` gives have the claimed leaf digests."""
 
@@ -316,12 +326,26 @@ def _pool(threads: int) -> Iterator[_Pool]:
         yield _Pool(executor, threads + 1)
 
 
-def _produce(writer: CheckpointWriter, work: _Work) -> Finished:
-    """Measure, compute and write one tensor."""
+def _produce(plan: MergePlan, writer: CheckpointWriter, work: _Work) -> Finished:
+    """Measure, compute and write one tensor; raises Unmergeable rather than write NaN or infinity."""
     name = work.tensor.name
     traced = work.measure()
-    digests = work.digests(traced, store=lambda offset, data: writer.write(name, offset, data))
+
+    def store(offset: int, data: memoryview) -> None:
+        if not finite(data, work.tensor.dtype):
+            raise _not_finite(plan, work, offset // (work.leaves_per_piece * merkle.LEAF_SIZE))
+        writer.write(name, offset, data)
+
+    digests = work.digests(traced, store=store)
     return Finished(leaves=tuple(d for piece in digests for d in piece), traced=traced)
+
+
+def _not_finite(plan: MergePlan, work: _Work, piece: int) -> Unmergeable:
+    index = work.damaged(piece)
+    why = f"{work.tensor.name} would hold NaN or infinity"
+    if index is None:
+        return Unmergeable(why, hint="give the models less weight, or dtype: bfloat16, which holds more")
+    return Unmergeable(why, hint=f"leave out {plan.inputs[index]}, whose {work.tensor.name} does already")
 
 
 def _still_there(writer: CheckpointWriter, work: _Work, claimed: Finished) -> bool:

@@ -214,9 +214,9 @@ def test_a_resumed_run_computes_only_what_is_missing(
     produced: list[str] = []
     produce = execute._produce
 
-    def counting(writer: CheckpointWriter, work: execute._Work) -> object:
+    def counting(plan: MergePlan, writer: CheckpointWriter, work: execute._Work) -> object:
         produced.append(work.tensor.name)
-        return produce(writer, work)
+        return produce(plan, writer, work)
 
     monkeypatch.setattr(execute, "_produce", counting)
     built.run(tmp_path / "out")
@@ -381,6 +381,47 @@ def test_the_tensor_that_has_no_angle_is_named(
         plan = draft(parse(RECIPES["slerp"]), headers).seal(ids)
         with pytest.raises(Unmergeable, match=r"model\.norm\.weight: slerp needs finite weights"):
             run(plan, sources, opened[0].functional_files(), tmp_path / "out", journal=tmp_path / "j")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_no_damaged_number_of_an_input_is_published(
+    value: float, save: Callable[..., Path], weights: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
+    good, bad = weights("a", LONG), weights("b", LONG)
+    bad[LONG - 3] = value
+    math, code = (save(n, {"model.norm.weight": w}) for n, w in (("math", good), ("code", bad)))
+    with pytest.raises(Unmergeable, match=r"model\.norm\.weight would hold NaN or infinity") as caught:
+        merge_two(math, code, tmp_path)
+    damaged = caught.value.hint.split()[2].rstrip(",")
+    with Checkpoint.open(tmp_path / "code") as checkpoint:
+        assert damaged == measure(checkpoint).manifest.model_id
+
+
+def test_numbers_that_grow_too_large_are_not_published(save: Callable[..., Path], tmp_path: Path) -> None:
+    large = torch.full((70,), 60_000.0)
+    paths = [save(name, {"model.norm.weight": large}) for name in ("math", "code")]
+    merge_two(*paths, tmp_path, dtype="bfloat16")
+    with pytest.raises(Unmergeable, match="NaN or infinity") as caught:
+        merge_two(*paths, tmp_path, dtype="float16")
+    assert "bfloat16" in caught.value.hint
+
+
+def merge_two(math: Path, code: Path, folder: Path, *, dtype: str = "bfloat16") -> Merged:
+    """The sum of two models, written beside `folder / dtype`."""
+    entry = "{{model: {}, parameters: {{weight: 1}}}}"
+    recipe = parse(
+        f"merge_method: linear\nmodels: [{entry.format('math')}, {entry.format('code')}]\n"
+        f"parameters: {{normalize: false}}\ndtype: {dtype}"
+    )
+    with Checkpoint.open(math) as one, Checkpoint.open(code) as other:
+        opened = {"math": one, "code": other}
+        measured = {name: measure(c) for name, c in opened.items()}
+        plan = draft(recipe, {name: header_of(c) for name, c in opened.items()}).seal(
+            {name: m.manifest.model_id for name, m in measured.items()}
+        )
+        sources = [VerifiedSource(c, measured[name].leaves) for name, c in opened.items()]
+        files = one.functional_files()
+        return run(plan, sources, files, folder / dtype, journal=folder / f"{dtype}.journal")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
