@@ -222,8 +222,8 @@ class Jobs:
         task.add_done_callback(lambda _: self._ended(job.id))
 
     async def _run(self, job: Job) -> None:
-        work = self._work[job.kind]
         try:
+            work = self._work[job.kind]
             with self._journal.lock(job.id):
                 job = self._journal.load(job.id)
                 await perform(self._journal, job, work, clock=self._clock, on_change=self._notice)

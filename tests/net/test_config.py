@@ -92,7 +92,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file(
 
 
 def test_a_node_can_join_whatever_network_a_ticket_may_name(tmp_path: Path) -> None:
-    ticket = Ticket(network="a_b.c-1", addresses=("/ip4/192.0.2.1/tcp/9350",))
+    ticket = Ticket(network="a_b.c-1", addresses=ALL.bootstrap)
     config.remember(tmp_path / "config.toml", ticket)
     assert config.load(tmp_path / "config.toml").network == "a_b.c-1"
 
