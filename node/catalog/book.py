@@ -229,7 +229,7 @@ class AdvertBook:
         rows = self._store.rows(
             "SELECT a.peer, a.seq, a.envelope FROM adverts AS a JOIN heads AS h USING (network, peer)"
             " WHERE a.network = ? AND (a.peer, a.seq) > (?, ?) AND a.seq >= h.first_seq AND a.expires_at > ?"
-            " AND a.peer NOT IN (SELECT peer FROM contradictions WHERE network = a.network)"
+            " AND NOT EXISTS (SELECT 1 FROM contradictions WHERE network = a.network AND peer = a.peer)"
             " ORDER BY a.peer, a.seq LIMIT ?",
             *(self._network, *after, int(now), limit),
         )
