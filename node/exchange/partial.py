@@ -64,7 +64,7 @@ class Partial:
         disk cannot take the files (then nothing is left behind).
         """
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-            raise LocalError(f"{destination} exists already", hint=f"ls {destination}")
+            raise LocalError(f"{destination} exists already", hint=f"rm -r {destination}, then again")
         partial = cls(destination, blueprint)
         with _disk_errors(destination):
             partial._files.mkdir(parents=True, exist_ok=True)
@@ -246,12 +246,6 @@ def folder_of(destination: Path) -> Path:
 def aside_of(destination: Path) -> Path:
     """Where the bytes of a layout that turned out a lie wait to be copied from."""
     return destination.parent / f".{destination.name}.aside"
-
-
-def abandon(destination: Path) -> None:
-    """Remove what an unfinished fetch to `destination` has left for its resumption."""
-    for folder in (folder_of(destination), aside_of(destination)):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

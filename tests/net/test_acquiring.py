@@ -219,19 +219,26 @@ async def test_what_one_merge_was_granted_another_has_to_ask_for_but_not_to_fetc
     assert pair.bob.shelf.experts() == ()
 
 
-async def test_a_resumed_merge_needs_nobody_for_what_it_has(pair: Pair, tmp_path: Path) -> None:
+async def test_a_resumed_merge_needs_nobody_for_what_it_has(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal, source = Journal(Store(tmp_path / "jobs.db")), parents_of(pair.bob)
     one = attempt(pair, journal, "merge-one")
     before = await source.obtain(await source.find([pair.model], one), plan(PLAN), Purpose.MERGE, one)
     await pair.alice_network.stop()
+
+    async def gone(peer: str) -> None:
+        raise Unreachable(f"{peer} is gone")
+
+    monkeypatch.setattr(source._overlay.links, "to", gone)
     resumed = attempt(pair, journal, "merge-one")
     found = await source.find([pair.model], resumed)
     after = await source.obtain(found, plan(PLAN), Purpose.MERGE, resumed)
     assert (after.parents, after.agreements) == (before.parents, before.agreements)
     assert found[0].licence == "MIT"
     two = attempt(pair, journal, "merge-two")
-    with pytest.raises(Unreachable):
-        await source.obtain(await source.find([pair.model], two), plan(OTHER), Purpose.MERGE, two)
+    with pytest.raises(LocalError, match="is gone"):
+        await source.find([pair.model], two)
 
 
 def folders(root: Path, *jobs: str) -> tuple[PrivateShelves, Callable[[], set[str]]]:

@@ -282,7 +282,8 @@ def test_a_third_node_audits_the_merge_and_leaves_a_claim(world: World, carol: N
     claims = [audit.Claim.parse(line) for line in carol.home.claims.read_bytes().splitlines()]
     verdict = claims[-1].verdict
     assert (verdict.auditor, verdict.model_id, verdict.passed) == (carol.peer_id, merged["model_id"], True)
-    assert {item["purpose"] for item in job["agreements"]} <= {"audit", "mirror"}
+    assert {item["purpose"] for item in job["agreements"]} == {"audit"}
+    assert list(carol.home.parents.iterdir()) == [], "what an audit fetched is for that audit alone"
 
 
 def test_get_makes_a_second_holder_byte_for_byte(world: World, carol: Node) -> None:
