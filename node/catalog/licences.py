@@ -6,12 +6,13 @@ SPDX has no name for becomes a LicenseRef, what nobody said becomes NOASSERTION.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Collection
 from pathlib import Path
 
-import yaml
-
+from merge_core import plain_yaml
 from node.domain.text import LICENCE
 from node.errors import UsageError
 
@@ -99,17 +100,13 @@ def stated(text: str) -> str:
 
 def of_card(directory: Path) -> str:
     """The licence in the front matter of a directory's README.md; NOASSERTION when it says none."""
-    try:
-        with (directory / CARD).open("rb") as card:
-            head = card.read(MAX_FRONT_MATTER).decode("utf-8", "replace").replace("\r\n", "\n")
-    except OSError:
-        return NO_LICENCE
+    head = _head(directory / CARD).decode("utf-8", "replace").replace("\r\n", "\n")
     found = re.match(r"\ufeff?---\n(.*?)\n---(\n|$)", head, re.DOTALL)
     if found is None:
         return NO_LICENCE
     try:
-        matter = yaml.safe_load(found[1])
-    except (yaml.YAMLError, RecursionError, ValueError):
+        matter = plain_yaml.parse(found[1])
+    except ValueError:
         return NO_LICENCE
     licence = matter.get("license") if isinstance(matter, dict) else None
     if isinstance(licence, list) and len(licence) == 1:
@@ -117,6 +114,21 @@ def of_card(directory: Path) -> str:
     if licence == "other" and isinstance(matter, dict):
         licence = matter.get("license_name", "other")
     return spdx(licence) if isinstance(licence, str) else NO_LICENCE
+
+
+def _head(card: Path) -> bytes:
+    """The first bytes of a card; none where it is no regular file, which could keep us waiting forever."""
+    try:
+        descriptor = os.open(card, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        return os.read(descriptor, MAX_FRONT_MATTER) if regular else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 def granted(expression: str, allowed: Collection[str]) -> bool:

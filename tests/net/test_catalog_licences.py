@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,11 @@ def test_whatever_is_written_becomes_something_an_advert_may_carry(text: str) ->
         ("---\nlicense: [apache-2.0]\n---\n", "Apache-2.0"),
         ("---\nlicense: {a: b}\n---\n", NO_LICENCE),
         ("---\nlicense: !!python/object/apply:os.system ['true']\n---\n", NO_LICENCE),
+        ("---\nlicense: !!bool x\n---\n", NO_LICENCE),
+        ("---\nlicense: !!timestamp x\n---\n", NO_LICENCE),
+        ("---\nlicense: mit\ndate: 2001-99-99\ntime: 1:30\n---\n", "MIT"),
+        ("---\nlicense: 2001-99-99\n---\n", "LicenseRef-2001-99-99"),
+        ("---\na: &a [x]\nb: *a\nlicense: mit\n---\n", NO_LICENCE),
         ("# license: mit", NO_LICENCE),
         ("---\nlicense: mit", NO_LICENCE),
     ],
@@ -57,6 +63,21 @@ def test_a_card_states_its_licence_in_its_front_matter(tmp_path: Path, card: str
 
 def test_no_card_states_nothing(tmp_path: Path) -> None:
     assert of_card(tmp_path) == NO_LICENCE
+
+
+@pytest.mark.timeout(20)
+def test_a_card_that_is_no_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")
+    assert of_card(tmp_path) == NO_LICENCE
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").mkdir()
+    assert of_card(tmp_path) == NO_LICENCE
+
+
+def test_a_card_of_a_hub_cache_is_a_link_to_it(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "README.md").symlink_to(tmp_path / "blob")
+    assert of_card(tmp_path) == "MIT"
 
 
 def test_a_stated_licence_that_is_none_is_refused() -> None:

@@ -1,0 +1,86 @@
+"""YAML as people write it: mappings, lists and plain scalars; no tag, no alias, nothing that grows when read.
+
+Plain scalars are null, true, false, whole numbers, decimal numbers, and text. A quoted scalar is text, and so
+is whatever YAML 1.1 would take for more: dates, times of day, hexadecimal, octal and binary numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+_NULL = re.compile(r"~|null|Null|NULL|")
+_TRUE = re.compile(r"yes|Yes|YES|true|True|TRUE|on|On|ON")
+_FALSE = re.compile(r"no|No|NO|false|False|FALSE|off|Off|OFF")
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
+_DECIMAL = re.compile(r"([-+]?[0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?")
+_NOT_FINITE = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+def parse(text: str) -> Any:
+    """Read one document: dict with text as keys, list, str, int, float, bool or None; raises ValueError."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else _value(node)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+class _Loader(yaml.BaseLoader):
+    """Composes nodes; refuses what makes small texts huge, and what names a type."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise yaml.YAMLError(f"tags ({tag[:80]}) are not read; write the value alone")
+        return super().compose_node(parent, index)
+
+
+def _value(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item) for item in node.value]
+    value: dict[str, Any] = {}
+    for key, item in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError("a key that is not text")
+        name = _text(key)
+        if name in value:
+            raise ValueError(f"the key {name[:80]!r} occurs twice")
+        value[name] = _value(item)
+    return value
+
+
+def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
+    text = _text(node)
+    if node.style is not None:
+        return text
+    if _NULL.fullmatch(text):
+        return None
+    if _TRUE.fullmatch(text) or _FALSE.fullmatch(text):
+        return _TRUE.fullmatch(text) is not None
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _DECIMAL.fullmatch(text):
+        return float(text)
+    if _NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", "", 1))
+    return text
+
+
+def _text(node: yaml.ScalarNode) -> str:
+    """The text of a scalar; raises ValueError where no file could hold it: an escaped half of a pair."""
+    text = str(node.value)
+    text.encode("utf-8")
+    return text
