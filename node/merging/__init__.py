@@ -2,11 +2,15 @@
 
 merge       the job: plan, obtain, execute in a worker, record, sign, rename into place
 parents     the models a merge is made of: found before a byte moves, on disk before it starts
-remote      the network as a source of parents: adverts, agreements, fetches
+remote      the network as a source of parents
+overlay     adverts, negotiation, links and shelves: what finding and fetching takes
+canvass     asking many peers at once, and not for long
+acquire     bringing models here: agree, fetch, shelve
+private     what a job fetched for itself alone
 references  what a recipe's `model:` may say
 card        what a merged model says to people
 local       a merge or an audit in the foreground, without a node
 audit       the job that re-executes a merge
-work        the jobs of a node that are no merges
+work        the jobs of a node that are no merges, and tidying up after any
 known       where models were seen on this machine
 """

@@ -8,4 +8,5 @@ transport     the options that both ends use
 memory        how the allocator is tuned for pieces of 1 MiB
 server        the Peer service
 client        one peer's Peer service, from the other side: a Holder for node.exchange
+links         a client for each peer, shared by all jobs
 """
