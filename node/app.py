@@ -285,6 +285,20 @@ def verify(
     return check(directory, publisher=key, now=time.time(), on_progress=on_progress)
 
 
+def with_verdicts(home: Home, report: Report) -> Report:
+    """The report with what earlier audits on this machine found; the last one of each auditor."""
+    from node.provenance.audit import claims_about
+    from node.provenance.verify import Check
+
+    if report.model_id is None or not home.claims.exists():
+        return report
+    last = {claim.verdict.auditor: claim.verdict for claim in claims_about(home.claims, report.model_id)}
+    for auditor, verdict in last.items():
+        detail = f"{verdict.checked} leaves computed again, {verdict.failed} differ; signed by {auditor}"
+        report = report.and_check(Check(name="verdict", ok=verdict.passed, detail=detail))
+    return report
+
+
 def audit_here(
     home: Home, directory: Path, parents: Sequence[Path], *, on_view: Callable[[JobView], None]
 ) -> dict[str, Any]:

@@ -168,6 +168,7 @@ def verify(
     """Check signatures, digests and provenance: a green and red list; exit code 5 if anything fails."""
     from node import app
     from node.errors import UsageError, VerificationFailed
+    from node.home import Home
 
     if audit not in ("", "full"):
         raise UsageError(f"--audit {audit} is not known", hint=f"weft verify {directory} --audit full")
@@ -175,6 +176,8 @@ def verify(
         report = app.verify(directory, publisher, on_progress=on_progress)
     if audit and report.ok:
         report = _audited(report, directory, parent or [])
+    else:
+        report = app.with_verdicts(Home.default(), report)
     data = report.to_json()
     if report.ok and report.publisher is None and not audit:
         render.report(out.story_console, data)

@@ -147,6 +147,13 @@ def test_a_full_audit_executes_the_merge_again(made: Made, owner) -> None:
     assert {name for name, check in checks.items() if not check["ok"]} <= {"known publisher"}, checks
 
 
+def test_a_verdict_is_shown_whenever_the_model_is_verified_again(made: Made, owner) -> None:
+    owner("verify", made.folder / "signed", "--audit", "full")
+    report = owner("verify", made.folder / "signed", "--json").data
+    (verdict,) = (check for check in report["checks"] if check["name"] == "verdict")
+    assert verdict["ok"] is True and "4 leaves computed again, 0 differ" in verdict["detail"]
+
+
 def test_a_full_audit_of_an_unsigned_merge_says_what_it_is_worth(made: Made, owner) -> None:
     report = owner("verify", made.folder / "unsigned", "--audit", "full", "--json").data
     checks = {check["name"]: check["ok"] for check in report["checks"]}
