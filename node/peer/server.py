@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from merge_core.checkpoint.merkle import LEAF_SIZE
 from merge_core.digest import Digest
@@ -29,18 +30,20 @@ from node.domain.reasons import Reason
 from node.errors import LocalError, Refused
 from node.identity.certificates import TlsCertificate
 from node.peer.admitted import Admitted
+from node.peer.calls import Calls
 from node.peer.memory import keep_freed_pieces
 from node.peer.ports import Entitlements, HeldModel, Shelf
 from node.peer.status import abort
-from node.peer.transport import OPTIONS, SERVICE
+from node.peer.transport import SERVER_OPTIONS, SERVICE
 from node.wire import peer as wire
 from node.wire.v1 import peer_pb2 as pb
 
 FREE_FILES = frozenset({"config.json", "weft.plan.json"})
 """Files that an offer rests on: planning a merge takes the one, naming the plan to audit the other."""
-MAX_CALLS = 128
 _EXPECTED = (Refused, OSError, ValueError, MergeCoreError, LocalError)
 """What may go wrong with a held model; none of it reaches the caller but a Refused."""
+REQUEST_DEADLINE = 10.0
+"""Seconds that a caller may take from opening a call to having sent its request."""
 WRITE_DEADLINE = 60.0
 """Seconds that a caller may take to accept one piece of 1 MiB."""
 
@@ -94,21 +97,23 @@ class PeerServer:
         entitlements: Entitlements,
         admitted: Admitted,
         certificate: TlsCertificate,
+        calls: Calls | None = None,
+        request_deadline: float = REQUEST_DEADLINE,
         write_deadline: float = WRITE_DEADLINE,
     ) -> None:
         self._shelf = shelf
         self._entitlements = entitlements
         self._admitted = admitted
         self._certificate = certificate
+        self._calls = calls or Calls()
+        self._request_deadline = request_deadline
         self._write_deadline = write_deadline
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="peer-read")
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str) -> int:
         """Listen on host:port (0: any free port) and return the port; raises LocalError when it is taken."""
-        server = grpc.aio.server(
-            options=(*OPTIONS, ("grpc.so_reuseport", 0)), maximum_concurrent_rpcs=MAX_CALLS
-        )
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers((self._handlers(),))
         try:
             port = int(server.add_secure_port(address, self._credentials()))
@@ -146,24 +151,19 @@ class PeerServer:
         )
 
     def _handlers(self) -> Any:
-        streams: dict[str, tuple[Any, Any]] = {
+        methods: dict[str, tuple[Any, type[Message]]] = {
+            "Describe": (self._describe, pb.DescribeRequest),
             "ReadManifest": (self._manifest, pb.ReadManifestRequest),
             "ReadLeafTable": (self._leaf_table, pb.ReadLeafTableRequest),
             "ReadFingerprint": (self._fingerprint, pb.ReadFingerprintRequest),
             "ReadFile": (self._file, pb.ReadFileRequest),
             "ReadLeaves": (self._leaves, pb.ReadLeavesRequest),
         }
+        # As streams of requests they look the same on the wire, but begin before a request has come.
         handlers = {
-            name: grpc.unary_stream_rpc_method_handler(
-                self._answer(method), request_deserializer=message.FromString
-            )
-            for name, (method, message) in streams.items()
+            name: grpc.stream_stream_rpc_method_handler(self._answer(method, message))
+            for name, (method, message) in methods.items()
         }
-        handlers["Describe"] = grpc.unary_unary_rpc_method_handler(
-            self._describe,
-            request_deserializer=pb.DescribeRequest.FromString,
-            response_serializer=pb.DescribeResponse.SerializeToString,
-        )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     def _caller(self, context: Any) -> PeerId:
@@ -173,22 +173,20 @@ class PeerServer:
             raise Refused(Reason.PEER_NOT_ALLOWED, "exchange certificates first")
         return peer
 
-    async def _describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
-        try:
-            self._caller(context)
-            held = self._open(wire.parse_model_ref(request.model))
-            files = tuple(HeldFile(path=path, size=size) for path, size in sorted(held.files.items()))
-            holding = Holding(publisher=Digest(held.publisher), files=files)
-        except _EXPECTED as error:
-            await abort(context, error)
-        return wire.holding(holding)
+    def _answer(
+        self, method: Callable[[PeerId, Any], AsyncGenerator[bytes, None]], message: type[Message]
+    ) -> Any:
+        """Wrap a stream of bytes: who calls, room for it, deadlines for the caller, what errors become."""
 
-    def _answer(self, method: Callable[[PeerId, Any], AsyncGenerator[bytes, None]]) -> Any:
-        """Wrap a stream of bytes: who calls, a deadline on every write, and what its errors become."""
-
-        async def handler(request: Any, context: Any) -> None:
+        async def handler(_: Any, context: Any) -> None:
             try:
-                async with aclosing(method(self._caller(context), request)) as pieces:
+                peer = self._caller(context)
+                self._calls.begin(peer)
+                context.add_done_callback(lambda _: self._calls.end(peer))
+                # At once: gRPC would send it a second time, and fail, after a first write that was too late.
+                await context.send_initial_metadata(())
+                request = await self._request(context, message)
+                async with aclosing(method(peer, request)) as pieces:
                     async for data in pieces:
                         async with asyncio.timeout(self._write_deadline):
                             await context.write(data)
@@ -200,6 +198,25 @@ class PeerServer:
                 await abort(context, error)
 
         return handler
+
+    async def _request(self, context: Any, message: type[Message]) -> Message:
+        """Read the one message that a caller has to send; raises Refused."""
+        try:
+            async with asyncio.timeout(self._request_deadline):
+                data = await context.read()
+        except TimeoutError as error:
+            raise Refused(Reason.MALFORMED, "the request did not come in time") from error
+        if data is grpc.aio.EOF:
+            raise Refused(Reason.MALFORMED, "a call without a request")
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            raise Refused(Reason.MALFORMED, "not a request") from error
+
+    async def _describe(self, peer: PeerId, request: pb.DescribeRequest) -> AsyncGenerator[bytes, None]:
+        held = self._open(wire.parse_model_ref(request.model))
+        files = tuple(HeldFile(path=path, size=size) for path, size in sorted(held.files.items()))
+        yield wire.holding(Holding(publisher=Digest(held.publisher), files=files)).SerializeToString()
 
     async def _manifest(self, peer: PeerId, request: pb.ReadManifestRequest) -> AsyncGenerator[bytes, None]:
         for data in _cut(self._open(wire.parse_model_ref(request.model)).manifest):

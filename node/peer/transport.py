@@ -18,3 +18,15 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     # The default, 5 minutes, would make a server hang up on a client that pings as above.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
+
+SERVER_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    *OPTIONS,
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", 32),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    # A call that its caller neither reads nor cancels ends with its connection only: which takes no new calls
+    # after its age, and is cut after the grace, which is long for what one call may ask for.
+    ("grpc.max_connection_age_ms", 600_000),
+    ("grpc.max_connection_age_grace_ms", 600_000),
+)

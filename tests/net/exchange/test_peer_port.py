@@ -5,6 +5,8 @@ import hashlib
 import platform
 import ssl
 import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +20,18 @@ from node.domain.holding import ByteRange, ModelRef
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import LocalError, PeerError, Refused, Unreachable
-from node.identity.certificates import make_certificate
+from node.identity.certificates import TARGET_NAME, make_certificate
 from node.identity.keys import HostKey
 from node.network.base import PeerInfo
 from node.peer import credentials
 from node.peer.admitted import Admitted
+from node.peer.calls import OF_ONE_PEER, Calls
 from node.peer.client import Endpoint, PeerClient, target
 from node.peer.credentials import CredentialExchange
 from node.peer.memory import keep_freed_pieces
+from node.peer.transport import SERVICE
+from node.wire import peer as wire
+from node.wire.v1 import peer_pb2 as pb
 
 pytestmark = pytest.mark.anyio
 UNKNOWN = ModelRef(model_id=ModelId("sha256:" + "9" * 64), publisher=None)
@@ -217,6 +223,102 @@ async def test_a_caller_that_stops_reading_is_cut_off(world: Any, published: Any
     with pytest.raises(Refused) as caught:
         await read(stream)
     assert caught.value.reason is Reason.BUSY
+
+
+def raw(world: Any, asker: Any, holder: Any) -> grpc.aio.Channel:
+    """A connection of a peer that does not play by the rules: one that takes in next to nothing by itself."""
+    holder.admitted.admit(asker.peer, asker.certificate.pem)
+    own = asker.certificate
+    secure = grpc.ssl_channel_credentials(holder.certificate.pem, own.key_pem, own.pem)
+    options = (
+        ("grpc.ssl_target_name_override", TARGET_NAME),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 1),
+    )
+    channel = grpc.aio.secure_channel(f"127.0.0.1:{holder.port}", secure, options=options)
+    world.clients.append(channel)
+    return channel
+
+
+async def silence() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+@pytest.mark.parametrize("unread", [False, True])
+async def test_one_peer_cannot_take_every_place(world: Any, published: Any, unread: bool) -> None:
+    """A peer opens 224 calls: half-open ones, or such that it never reads."""
+    holder = await world.node(published.shelf, request_deadline=60.0)
+    greedy, honest = await world.node(published.shelf), await world.node(published.shelf)
+    channels = [raw(world, greedy, holder) for _ in range(7)]
+    request = pb.ReadManifestRequest(model=wire.model_ref(ref(published))).SerializeToString()
+    calls = [
+        channel.unary_stream(f"/{SERVICE}/ReadManifest")(request)
+        if unread
+        else channel.stream_unary(f"/{SERVICE}/Describe")(silence())
+        for channel in channels
+        for _ in range(32)
+    ]
+    held = {asyncio.create_task(call.code()) for call in calls}
+    async with asyncio.timeout(30):
+        while len(held) > OF_ONE_PEER:
+            ended, held = await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED)
+            assert {end.result() for end in ended} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert (await world.client(honest, holder, lanes=1).describe(ref(published))).files
+    assert not any(end.done() for end in held)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(held)
+
+
+async def test_a_call_whose_request_does_not_come_or_is_none_is_ended(world: Any, published: Any) -> None:
+    holder = await world.node(published.shelf, request_deadline=0.2, calls=Calls(of_one_peer=3))
+    asker = await world.node(published.shelf)
+    channel = raw(world, asker, holder)
+
+    async def nothing() -> AsyncIterator[bytes]:
+        return
+        yield b""
+
+    calls = [
+        channel.stream_unary(f"/{SERVICE}/Describe")(silence()),
+        channel.stream_unary(f"/{SERVICE}/Describe")(nothing()),
+        channel.unary_unary(f"/{SERVICE}/Describe")(b"\xff"),
+    ]
+    client = world.client(asker, holder, lanes=1)
+    async with asyncio.timeout(30):
+        for call in calls:
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        while True:
+            with suppress(Refused):  # its places are given back a moment after it was told
+                assert (await client.describe(ref(published))).files
+                break
+
+
+async def test_a_caller_that_does_not_take_the_first_piece_is_told(world: Any, published: Any) -> None:
+    holder = await world.node(published.shelf, write_deadline=0.0)
+    channel = raw(world, await world.node(published.shelf), holder)
+    request = pb.ReadManifestRequest(model=wire.model_ref(ref(published))).SerializeToString()
+    call = channel.unary_stream(f"/{SERVICE}/ReadManifest")(request)
+    async with asyncio.timeout(30):
+        assert await call.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_places_are_counted_by_peer_and_given_back() -> None:
+    calls = Calls(of_one_peer=2, of_all=3)
+    alice, bob, carol = (peer for peer, _ in hosts(3))
+    for peer in (alice, alice, bob):
+        calls.begin(peer)
+    for peer in (alice, carol):
+        with pytest.raises(Refused) as caught:
+            calls.begin(peer)
+        assert caught.value.reason is Reason.BUSY
+    calls.end(alice)
+    calls.begin(carol)
 
 
 async def test_a_port_in_use_names_the_way_out(world: Any, published: Any) -> None:
