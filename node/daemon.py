@@ -61,6 +61,8 @@ from node.store import Store
 
 log = logging.getLogger(__name__)
 TIDY_SECONDS = 3600.0
+DIAL_SECONDS = 5.0
+"""For each address of a peer: some of them may lead nowhere, and the peer has one turn for all."""
 Clock = Callable[[], float]
 
 
@@ -230,7 +232,7 @@ def _links(
             return
         for address in book.addresses(peer):
             try:
-                await network.connect(address)
+                await network.connect(address, deadline=DIAL_SECONDS)
                 return
             except WeftError as error:
                 log.info("peer %s does not answer at %s: %s", peer.short, address, error.why)

@@ -1,6 +1,6 @@
-"""What can be had of a model before any agreement: manifest, leaf table, config, fingerprint.
+"""What can be had of a model before any agreement: manifest, leaf table, config, fingerprint, plan.
 
-Each proves itself against a digest, so the first holder whose answer holds is as good as any.
+Each but the plan proves itself against a digest, so the first holder whose answer holds is as good as any.
 """
 
 from __future__ import annotations

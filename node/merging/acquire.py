@@ -105,7 +105,7 @@ class Acquisition:
         async def ask(peer: PeerId) -> None:
             holder = await self._overlay.links.to(peer)
             for bundle in _bundles(has[peer]):
-                left = [model for model in bundle if holder not in granted[model]]
+                left = [m for m in bundle if holder not in granted[m] and len(granted[m]) < ENOUGH]
                 try:
                     if left:
                         await self._propose(peer, left, purpose, plan)

@@ -59,7 +59,7 @@ class PrivateShelves:
 
     def sweep(self, is_over: Callable[[str], bool]) -> None:
         """Remove what belongs to jobs that are over (blocking)."""
-        for job in _names(self._parents) | _names(self._incoming):
+        for job in _names(self._parents) | _names(self._incoming) | set(self._shelves):
             if is_over(job):
                 self.remove(job)
 
