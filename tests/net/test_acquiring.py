@@ -17,17 +17,21 @@ from merge_core.digest import Digest, ModelId
 from merge_core.errors import CorruptCheckpoint, InvalidRecipe
 from merge_core.simmerge import compute
 from node import app, daemon
+from node.catalog.book import Outcome
 from node.catalog.expert import FINGERPRINT
 from node.catalog.shelf import Measurable, Shelf
 from node.config import Config
 from node.control.server import Services
+from node.domain.advert import PAYLOAD_TYPE, Advert
 from node.domain.job import Created, Ended, Job, JobKind, JobState
 from node.domain.negotiation import Agreement, Purpose
 from node.errors import LocalError, Unreachable, VerificationFailed
 from node.home import Home
-from node.identity.envelopes import Envelope
+from node.identity.envelopes import Envelope, seal
+from node.identity.keys import HostKey
 from node.jobs.journal import Journal
 from node.jobs.runner import Attempt
+from node.merging.canvass import Pace
 from node.merging.private import KEEP_SECONDS, PrivateShelves, is_over
 from node.merging.references import LocalDirectory, Named, parse_reference
 from node.merging.remote import NetworkParents
@@ -198,6 +202,39 @@ async def test_two_jobs_for_one_model_fetch_it_once(pair: Pair) -> None:
     assert [job.state for job in jobs] == [JobState.SUCCEEDED, JobState.SUCCEEDED]
     assert sorted(received(job) > SMALL for job in jobs) == [False, True]
     assert pair.incoming() == []
+
+
+async def test_a_crowd_of_adverts_that_lead_nowhere_does_not_keep_a_job_from_the_one_holder(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model,) = {listing.model for listing in pair.bob.book.listings(time.time())}
+    for number in range(100):
+        key = HostKey.generate()
+        advert = Advert(
+            network="test",
+            peer=key.peer_id,
+            seq=1,
+            issued_at=int(time.time()),
+            expires_at=int(time.time()) + 600,
+            previous=None,
+            models=(model,),
+            addresses=(f"/ip4/192.0.2.{number}/tcp/4001/p2p/{key.peer_id}",),
+        )
+        admission = pair.bob.book.admit(seal(PAYLOAD_TYPE, advert.to_bytes(), key).to_bytes(), time.time())
+        assert admission.outcome is Outcome.NEW
+    dialled: list[str] = []
+
+    async def swallow(address: str, *, deadline: float) -> None:
+        dialled.append(address)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(pair.bob.network, "connect", swallow)
+    pace = Pace(at_once=16, turn=0.3, grace=0.05, total=30.0)
+    object.__setattr__(parents_of(pair.bob)._overlay, "pace", pace)
+    async with asyncio.timeout(20):
+        job = await pair.get("first-job")
+    assert job.state is JobState.SUCCEEDED and dialled
+    assert {agreement.provider for agreement in agreements(job)} == {pair.alice.identity.peer_id}
 
 
 async def test_what_one_merge_was_granted_another_has_to_ask_for_but_not_to_fetch(
