@@ -10,12 +10,14 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from merge_core.checkpoint.published import PUBLISHER_FILE, read_bounded
 from merge_core.digest import Digest, ModelId
+from node.catalog import licences
 from node.catalog.book import Listing
 from node.catalog.expert import Expert
 from node.catalog.shelf import Shelf
-from node.domain.advert import AdvertisedModel
 from node.domain.holding import ModelRef
 from node.domain.ids import PeerId
 from node.domain.job import JobState
@@ -24,10 +26,12 @@ from node.errors import NotEnoughPeers, Refused, Unreachable, WeftError
 from node.exchange.fetch import Fetched, fetch
 from node.exchange.holder import Holder, Progress
 from node.exchange.lookup import read_fingerprint
+from node.identity.binding import MAX_BINDING, Binding
 from node.identity.envelopes import Envelope
 from node.jobs.runner import Attempt
 from node.merging.canvass import canvass
 from node.merging.overlay import ENOUGH, Overlay
+from node.merging.terms import Offered, by_publisher, licence_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +46,14 @@ class _Wanted:
         """What the first of them calls it."""
         return self.listings[0].model.name
 
-    def said_by(self, holders: Sequence[Holder]) -> list[AdvertisedModel]:
-        """What these say of the model, each once."""
-        by_peer = {listing.peer: listing.model for listing in self.listings}
-        return list(dict.fromkeys(by_peer[holder.peer] for holder in holders))
+    def of(self, publisher: Digest) -> tuple[Listing, ...]:
+        """Everybody who advertises it as one publisher signed it."""
+        return tuple(listing for listing in self.listings if listing.model.publisher == publisher)
+
+    def offered_by(self, holders: Sequence[Holder]) -> tuple[Offered, ...]:
+        """The model as these advertise it, in groups by its publisher."""
+        peers = {holder.peer for holder in holders}
+        return by_publisher([listing for listing in self.listings if listing.peer in peers])
 
 
 class Acquisition:
@@ -140,35 +148,48 @@ class Acquisition:
             self._attempt.reach("agreements", [*known, signed])
 
     async def _fetch(self, wanted: _Wanted, holders: Sequence[Holder], into: Shelf) -> Expert:
+        """Fetch a model as the first publisher signed it whom its holders can show; raises as `acquire`."""
+        last: WeftError | None = None
+        async with self._overlay.fetching.of(wanted.model_id):
+            for offered in wanted.offered_by(holders):
+                try:
+                    return await self._fetch_as(offered, wanted, holders, into)
+                except (Refused, NotEnoughPeers) as error:
+                    last = error
+        raise last or NotEnoughPeers(f"nobody describes {wanted.name}", hint="weft search")
+
+    async def _fetch_as(
+        self, offered: Offered, wanted: _Wanted, holders: Sequence[Holder], into: Shelf
+    ) -> Expert:
         overlay, job = self._overlay, self._attempt.job.id
-        async with overlay.fetching.of(wanted.model_id):
-            offered, sketch = await _described(wanted, holders)
-            held = await asyncio.to_thread(into.find, wanted.model_id, offered.publisher)
-            if held is not None:
-                return held
-            begun = time.monotonic()
-            fetched = await fetch(
-                wanted.model_id,
-                holders,
-                overlay.private.incoming(job, wanted.model_id, offered.publisher),
-                clock=time.monotonic,
-                publisher=offered.publisher,
-                have=overlay,
-                on_progress=lambda progress: self._tell(offered.name, progress),
-            )
-            self._tally(fetched, time.monotonic() - begun)
-            return await asyncio.to_thread(
-                into.adopt,
-                fetched.directory,
-                leaves=fetched.leaves,
-                publisher=fetched.publisher,
-                fingerprint=sketch,
-                name=offered.name,
-                licence=offered.licence,
-                base=offered.base,
-                now=overlay.clock(),
-                source=f"peer://{holders[0].peer}/{wanted.model_id}",
-            )
+        sketch = await _fingerprint(offered, wanted.model_id, holders)
+        held = await asyncio.to_thread(into.find, wanted.model_id, offered.publisher)
+        if held is not None:
+            return held
+        begun = time.monotonic()
+        fetched = await fetch(
+            wanted.model_id,
+            holders,
+            overlay.private.incoming(job, wanted.model_id, offered.publisher),
+            clock=time.monotonic,
+            publisher=offered.publisher,
+            have=overlay,
+            on_progress=lambda progress: self._tell(wanted.name, progress),
+        )
+        self._tally(fetched, time.monotonic() - begun)
+        all_said = Offered(publisher=offered.publisher, listings=wanted.of(offered.publisher))
+        name, licence = await asyncio.to_thread(_terms, all_said, fetched.directory)
+        return await asyncio.to_thread(
+            into.adopt,
+            fetched.directory,
+            leaves=fetched.leaves,
+            publisher=fetched.publisher,
+            fingerprint=sketch,
+            name=name,
+            licence=licence,
+            now=overlay.clock(),
+            source=f"peer://{holders[0].peer}/{wanted.model_id}",
+        )
 
     def _tell(self, name: str, progress: Progress) -> None:
         self._attempt.progress(f"fetching {name}", progress.done, progress.total)
@@ -194,16 +215,21 @@ def _nobody(wanted: _Wanted, failed: Mapping[PeerId, WeftError]) -> WeftError:
     return errors[0] if errors else Unreachable(f"nobody answers for {wanted.name}", hint="weft peers")
 
 
-async def _described(wanted: _Wanted, holders: Sequence[Holder]) -> tuple[AdvertisedModel, bytes]:
-    """What a holder says of the model, and the fingerprint that bears it out.
-
-    Raises Refused or NotEnoughPeers where no holder's word is borne out.
-    """
+async def _fingerprint(offered: Offered, model_id: ModelId, holders: Sequence[Holder]) -> bytes:
+    """A fingerprint that somebody advertises and somebody can show; raises Refused or NotEnoughPeers."""
+    ref = ModelRef(model_id=model_id, publisher=offered.publisher)
     last: WeftError | None = None
-    for offered in wanted.said_by(holders):
-        ref = ModelRef(model_id=wanted.model_id, publisher=offered.publisher)
+    for digest in dict.fromkeys(listing.model.fingerprint for listing in offered.listings):
         try:
-            return offered, await read_fingerprint(holders, ref, offered.fingerprint)
+            return await read_fingerprint(holders, ref, digest)
         except (Refused, NotEnoughPeers) as error:
             last = error
-    raise last or NotEnoughPeers(f"nobody describes {wanted.name}", hint="weft search")
+    raise last or NotEnoughPeers(f"nobody has the fingerprint of {model_id}", hint="weft search")
+
+
+def _terms(offered: Offered, directory: Path) -> tuple[str, str]:
+    """Name and licence of a fetched model, by whose word counts (blocking)."""
+    binding = Binding.parse(read_bounded(directory / PUBLISHER_FILE, MAX_BINDING))
+    card = licences.of_card(directory)
+    licence = licence_of(offered, publisher_peer=binding.peer_id, card=card)
+    return offered.named_by(binding.peer_id), licence

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class Merging:
         attempt.reach("plan", planned.plan.digest)
         if not _is_there(target, planned.plan):
             obtained = await self._parents.obtain(planned.parents, planned.plan, Purpose.MERGE, attempt)
+            planned = replace(planned, parents=tuple(obtained.settle(p) for p in planned.parents))
             try:
                 await self._execute(attempt, planned, obtained, target)
             except MergeCoreError:

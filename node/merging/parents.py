@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -49,11 +49,16 @@ class Parent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnDisk:
-    """A parent whose bytes are here: a checkpoint, its manifest and the digest of every leaf."""
+    """A parent whose bytes are here: a checkpoint, its manifest and the digest of every leaf.
+
+    `licence` and `publisher` are what is known now that its signature is here; None: nothing new.
+    """
 
     directory: Path
     manifest: Manifest
     leaves: LeafTable
+    licence: str | None = None
+    publisher: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,13 @@ class Obtained:
 
     parents: Mapping[ModelId, OnDisk]
     agreements: tuple[Envelope, ...] = ()
+
+    def settle(self, parent: Parent) -> Parent:
+        """A parent with the terms that are known since it lies here."""
+        here = self.parents[parent.model_id]
+        if here.licence is None:
+            return parent
+        return replace(parent, licence=here.licence, publisher=here.publisher)
 
 
 class ParentSource(Protocol):

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from merge_core.checkpoint.manifest import Manifest
 from merge_core.plan import MergePlan, header_of_manifest
+from node.catalog import licences
 from node.catalog.book import Query
 from node.catalog.expert import Expert
 from node.catalog.hashes import HashCache
@@ -25,6 +26,7 @@ from node.merging.acquire import Acquisition
 from node.merging.overlay import Overlay
 from node.merging.parents import LocalParents, Obtained, OnDisk, Parent, local_parent, on_disk
 from node.merging.references import LocalDirectory, Named, Published, parse_reference
+from node.merging.terms import by_publisher, licence_of
 
 
 class NetworkParents:
@@ -74,14 +76,15 @@ class NetworkParents:
         if not listings:
             raise NotEnoughPeers(f"nobody advertises {reference}", hint="weft search; weft peers")
         holders = await self._overlay.holders(listings)
+        offered = by_publisher(listings)[0]
         manifest = await read_manifest(holders, wanted.model_id)
         config = await read_config(holders, manifest)
         return Parent(
             reference=reference,
             header=header_of_manifest(manifest, config),
             manifest=manifest,
-            licence=listings[0].model.licence,
-            publisher=listings[0].model.publisher,
+            licence=licence_of(offered, publisher_peer=None, card=licences.NO_LICENCE),
+            publisher=offered.publisher,
             holders=tuple(holder.peer for holder in holders),
         )
 
@@ -114,4 +117,10 @@ def _held_parent(reference: str, expert: Expert, hashes: HashCache, attempt: Att
 def _of_shelf(shelf: Shelf, expert: Expert) -> OnDisk:
     """A shelved expert as an input of a worker (blocking)."""
     held = shelf.open(expert.model_id, expert.publisher)
-    return OnDisk(directory=expert.directory, manifest=Manifest.parse(held.manifest), leaves=held.leaves)
+    return OnDisk(
+        directory=expert.directory,
+        manifest=Manifest.parse(held.manifest),
+        leaves=held.leaves,
+        licence=expert.licence,
+        publisher=expert.publisher,
+    )

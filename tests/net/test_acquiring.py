@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -235,6 +235,35 @@ async def test_a_crowd_of_adverts_that_lead_nowhere_does_not_keep_a_job_from_the
         job = await pair.get("first-job")
     assert job.state is JobState.SUCCEEDED and dialled
     assert {agreement.provider for agreement in agreements(job)} == {pair.alice.identity.peer_id}
+
+
+def advertise(pair: Pair, seed: int, **changes: Any) -> None:
+    """Let a stranger advertise Alice's model under terms of its own, from a place where nobody answers."""
+    (model,) = {x.model for x in pair.bob.book.listings(time.time()) if x.peer == pair.alice.identity.peer_id}
+    key = HostKey.from_private_bytes(bytes([seed]) * 32)
+    advert = Advert(
+        network="test",
+        peer=key.peer_id,
+        seq=1,
+        issued_at=int(time.time()),
+        expires_at=int(time.time()) + 600,
+        previous=None,
+        models=(replace(model, **changes),),
+        addresses=pair.alice_network.addresses(),
+    )
+    sealed = seal(PAYLOAD_TYPE, advert.to_bytes(), key).to_bytes()
+    assert pair.bob.book.admit(sealed, time.time()).outcome is Outcome.NEW
+
+
+async def test_nobody_renames_or_relicenses_what_somebody_else_published(pair: Pair) -> None:
+    advertise(pair, 7, name="!", licence="CC0-1.0")
+    advertise(pair, 8, name="!!", licence="CC0-1.0", publisher=PLAN)
+    advertise(pair, 9, name="!!!", fingerprint=OTHER)
+    job = await pair.get("first-job")
+    assert job.state is JobState.SUCCEEDED, job.error
+    (expert,) = pair.bob.shelf.experts()
+    assert (expert.name, expert.licence) == ("math", "MIT")
+    assert expert.publisher == pair.alice.identity.publisher.key_id
 
 
 async def test_what_one_merge_was_granted_another_has_to_ask_for_but_not_to_fetch(
