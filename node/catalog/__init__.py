@@ -11,6 +11,7 @@ hashes        digests of checkpoints that were hashed before
 licences      SPDX names, what a model card states, what an expression grants
 sketching     fingerprints of what is added, computed in a worker
 book          the newest valid adverts of every peer; replay, rollback, expiry and contradiction
+room          who leaves the book when it is full: connections count, names do not
 gossip        sends this node's adverts out and takes those of others in
 fingerprints  by digest, from peers and for peers
 """

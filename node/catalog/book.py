@@ -7,7 +7,8 @@ one transaction. What it keeps to, whatever the order of arrival:
 - an older number than the newest announcement's is never taken (replay, rollback), nor after a restart;
 - parts of the newest announcement may arrive in any order;
 - two adverts that contradict each other (`node.domain.advert.contradict`) are kept as a proof, and the peer
-  that signed both is no longer listened to.
+  that signed both is no longer listened to;
+- when it is full, room is shared among connections (`node.catalog.room`): nobody is kept out by a crowd.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from merge_core.digest import Digest, ModelId
+from node.catalog.room import ROOM, Connected, Ledger, Tenant, leaving, side
 from node.domain import advert as adverts
 from node.domain.advert import Advert, AdvertisedModel, Link, announcement, contradict
 from node.domain.ids import PeerId
@@ -27,10 +29,14 @@ from node.identity.envelopes import Envelope, open_envelope, seal
 from node.identity.keys import HostKey, host_verifier
 from node.store import Store
 
-MAX_PEERS = 4096
-"""Peers whose numbers are remembered; beyond that strangers have to wait until some are forgotten."""
+MAX_TOLD = 4096
+"""Adverts that are told at once."""
 FORGET_AFTER = 2 * adverts.MAX_LIFETIME
 """Seconds after its expiry when a number may be forgotten: whatever was older has expired long before."""
+
+ASK_AGAIN = 10.0
+"""Seconds for which a connection that found no room is not looked at again: looking takes milliseconds."""
+_PROOF = -1
 
 Place = tuple[str, int]
 """Where an advert comes among all that are told: by peer, then by number."""
@@ -148,7 +154,9 @@ def matches(query: Query, listing: Listing) -> bool:
 class AdvertBook:
     """The adverts of one network in a store; usable from every thread."""
 
-    def __init__(self, store: Store, *, network: str, me: PeerId) -> None:
+    def __init__(self, store: Store, *, network: str, me: PeerId, room: int = ROOM) -> None:
+        """`room` is how many bytes are kept of others, each of whom counts for LEAST at least."""
+        self._room = room
         self._store = store
         self._network = network
         self._me = me
@@ -156,11 +164,23 @@ class AdvertBook:
         self._heads: dict[PeerId, Head] = {}
         self._adverts: dict[PeerId, dict[int, Advert]] = {}
         self._banned: set[PeerId] = set()
-        self._full_until = 0.0
+        self._told_by: dict[PeerId, PeerId] = {}
+        self._ledger = Ledger()
+        self._full_until: dict[PeerId | None, float] = {}
         self._load()
 
-    def admit(self, data: bytes, now: float) -> Admission:
-        """Take one signed advert from anybody; nothing that comes in raises."""
+    def admit(
+        self,
+        data: bytes,
+        now: float,
+        *,
+        told_by: PeerId | None = None,
+        connected: Connected = lambda peer: False,
+    ) -> Admission:
+        """Take one signed advert from anybody; nothing that comes in raises.
+
+        `told_by` is the peer that sent it, and `connected` says who is: what decides when there is no room.
+        """
         try:
             advert = read(data)
         except (VerificationFailed, ValueError):
@@ -174,7 +194,7 @@ class AdvertBook:
         if advert.expires_at <= now:
             return Admission(outcome=Outcome.EXPIRED, advert=advert)
         with self._lock:
-            return self._take(advert, data, now)
+            return self._take(advert, data, now, told_by, connected)
 
     def announce(
         self,
@@ -223,7 +243,7 @@ class AdvertBook:
         return said[0] if said else ()
 
     def envelopes(
-        self, now: float, *, after: Place = START, limit: int = MAX_PEERS
+        self, now: float, *, after: Place = START, limit: int = MAX_TOLD
     ) -> tuple[tuple[Place, bytes], ...]:
         """The signed bytes of live adverts, which another peer can check itself, in order from `after` on."""
         rows = self._store.rows(
@@ -284,8 +304,13 @@ class AdvertBook:
                 if peer in self._heads
             }
             self._adverts = {peer: known for peer, known in live.items() if known}
+            self._recount()
+            self._told_by = {peer: who for peer, who in self._told_by.items() if peer in self._heads}
+            self._full_until.clear()
 
-    def _take(self, advert: Advert, data: bytes, now: float) -> Admission:
+    def _take(
+        self, advert: Advert, data: bytes, now: float, told_by: PeerId | None, connected: Connected
+    ) -> Admission:
         if advert.peer in self._banned:
             return Admission(outcome=Outcome.BANNED, advert=advert)
         with self._store.transaction():
@@ -297,9 +322,11 @@ class AdvertBook:
                 self._ban(advert.peer, *proof, now)
                 return Admission(outcome=outcome, advert=advert, proof=proof)
             if outcome is Outcome.NEW:
-                if head is None and not self._room(now):
+                if not self._make_room(advert, len(data), now, told_by, connected):
                     return Admission(outcome=Outcome.FULL, advert=advert)
                 self._keep(advert, data)
+        if told_by is not None and not connected(self._told_by.get(advert.peer, self._me)):
+            self._told_by[advert.peer] = told_by  # the first one stands for it while it is connected
         return Admission(outcome=outcome, advert=advert)
 
     def _keep(self, advert: Advert, data: bytes) -> None:
@@ -324,6 +351,9 @@ class AdvertBook:
                 *(self._network, advert.peer, seq),
             )
         known[advert.seq] = advert
+        if advert.peer != self._me:
+            self._ledger.retain(advert.peer, known)
+            self._ledger.add(advert.peer, advert.seq, len(data))
         self._store.change(
             "INSERT OR REPLACE INTO adverts (network, peer, seq, digest, expires_at, envelope)"
             " VALUES (?, ?, ?, ?, ?, ?)",
@@ -335,6 +365,9 @@ class AdvertBook:
             "INSERT OR IGNORE INTO contradictions (network, peer, one, other, at) VALUES (?, ?, ?, ?, ?)",
             *(self._network, peer, one, other, now),
         )
+        self._store.change("DELETE FROM adverts WHERE network = ? AND peer = ?", self._network, peer)
+        self._adverts.pop(peer, None)
+        self._ledger.put(peer, {_PROOF: len(one) + len(other)})
         self._banned.add(peer)
 
     def _newest(self) -> list[Advert]:
@@ -362,13 +395,60 @@ class AdvertBook:
             raise LimitReached(f"advert {advert.seq} of {advert.peer} is no longer stored")
         return bytes(row["envelope"])
 
-    def _room(self, now: float) -> bool:
-        """Whether one more peer fits; a full book looks again only when a number may be forgotten."""
-        if len(self._heads) >= MAX_PEERS and now >= self._full_until:
-            self.forget(now)
-            others = (head.expires_at for peer, head in self._heads.items() if peer != self._me)
-            self._full_until = min(others, default=0) + FORGET_AFTER
-        return len(self._heads) < MAX_PEERS
+    def _make_room(
+        self, advert: Advert, size: int, now: float, told_by: PeerId | None, connected: Connected
+    ) -> bool:
+        """Whether an advert fits, perhaps after others have left."""
+        told_by = told_by or self._told_by.get(advert.peer)
+        before = self._tenant(advert.peer) if advert.peer in self._heads else None
+        wanted = Tenant(
+            size=size + (before.size if before else 0), expires_at=advert.expires_at, told_by=told_by
+        )
+        more = wanted.cost - (before.cost if before else 0)
+        if more <= 0 or self._ledger.cost + more <= self._room:
+            return True
+        where = side(advert.peer, told_by, connected)
+        if now < self._full_until.get(where, 0.0):
+            return False
+        tenants = {peer: self._tenant(peer) for peer in self._heads if peer != self._me}
+        gone = leaving(tenants, advert.peer, wanted, now=now, connected=connected, room=self._room)
+        if gone is None:
+            soonest = min((t.expires_at for t in tenants.values() if t.expires_at > now), default=now)
+            self._full_until[where] = min(now + ASK_AGAIN, soonest)
+            return False
+        for peer in gone:
+            self._evict(peer)
+        return True
+
+    def _tenant(self, peer: PeerId) -> Tenant:
+        return Tenant(
+            size=self._ledger.size(peer),
+            expires_at=self._heads[peer].expires_at,
+            told_by=self._told_by.get(peer),
+        )
+
+    def _evict(self, peer: PeerId) -> None:
+        """Forget a peer, its adverts and its contradiction."""
+        for table in ("heads", "contradictions"):
+            self._store.change(f"DELETE FROM {table} WHERE network = ? AND peer = ?", self._network, peer)
+        for known in (self._heads, self._adverts, self._told_by):
+            known.pop(peer, None)
+        self._banned.discard(peer)
+        self._ledger.remove(peer)
+
+    def _recount(self) -> None:
+        """Count what is stored of others."""
+        self._ledger = Ledger()
+        for peer in self._heads.keys() - {self._me}:
+            self._ledger.put(peer, {})
+        rows = self._store.rows(
+            "SELECT peer, seq, length(envelope) AS size FROM adverts WHERE network = ? UNION ALL"
+            " SELECT peer, ?, length(one) + length(other) FROM contradictions WHERE network = ?",
+            *(self._network, _PROOF, self._network),
+        )
+        for row in rows:
+            if row["peer"] != self._me:
+                self._ledger.add(PeerId(row["peer"]), int(row["seq"]), int(row["size"]))
 
     def _load(self) -> None:
         """Read what earlier runs verified; an advert that cannot be read any more is left out."""
@@ -389,6 +469,7 @@ class AdvertBook:
                 for row in heads
             }
             self._banned = set(self.contradictions())
+            self._recount()
 
 
 def read(data: bytes) -> Advert:

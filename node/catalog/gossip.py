@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from merge_core.digest import canonical, parse_canonical
-from node.catalog.book import START, AdvertBook, Outcome, Place
+from node.catalog.book import START, Admission, AdvertBook, Outcome, Place
 from node.catalog.shelf import Shelf
 from node.domain import text
 from node.domain.advert import MAX_LIFETIME, AdvertisedModel
@@ -62,6 +62,7 @@ class Gossip:
         self._clock = clock
         self._topic = f"/weft/{name}/adverts/1"
         self._joined: asyncio.Queue[PeerId] = asyncio.Queue()
+        self._connected: set[PeerId] = set()
 
     def start(self) -> None:
         """Listen to what peers say; call it before any of them is dialled."""
@@ -96,17 +97,25 @@ class Gossip:
         return [expert.advertised(self._purposes(expert.licence)) for expert in intact]
 
     def _notice(self, event: PeerEvent) -> None:
-        if event.change is Change.JOINED:
+        if event.change is Change.CONNECTED:
+            self._connected.add(event.peer)
+        elif event.change is Change.DISCONNECTED:
+            self._connected.discard(event.peer)
+        else:
             self._joined.put_nowait(event.peer)
 
     def _validate(self, author: PeerId, data: bytes) -> Verdict:
-        outcome = self._book.admit(data, self._clock()).outcome
+        outcome = self._admit(data, author).outcome
         if outcome.counts_against:
             return Verdict.REJECT
         # A contradiction is passed on too: whoever has the other half then holds the proof.
         news = outcome in (Outcome.NEW, Outcome.CONTRADICTION)
         own = outcome is Outcome.OWN
         return Verdict.ACCEPT if news or own else Verdict.IGNORE
+
+    def _admit(self, data: bytes, told_by: PeerId) -> Admission:
+        connected = self._connected.__contains__
+        return self._book.admit(data, self._clock(), told_by=told_by, connected=connected)
 
     async def _deliver(self, author: PeerId, data: bytes) -> None:
         log.debug("an advert of %s", author.short)
@@ -131,7 +140,8 @@ class Gossip:
                     await self._network.request(peer, PROTOCOL, request, deadline=DEADLINE)
                 )
                 for data in adverts:
-                    self._book.admit(data, self._clock())
+                    self._admit(data, peer)
+                    await asyncio.sleep(0)  # a page takes long enough for others to want their turn
                 if after is None:
                     return
         except WeftError as error:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
 from node.catalog.book import FORGET_AFTER, START, AdvertBook, Outcome, Query, read
+from node.catalog.room import LEAST, leaving
 from node.domain.advert import (
     MAX_ENVELOPE,
     MAX_LIFETIME,
@@ -218,8 +219,8 @@ def test_a_search_narrows_by_every_field(book: AdvertBook) -> None:
         assert [x.model.name for x in book.search(query, NOW)] == expected
 
 
-def test_strangers_wait_when_the_book_is_full(book: AdvertBook, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("node.catalog.book.MAX_PEERS", 1)
+def test_strangers_wait_when_the_book_is_full(store: Store) -> None:
+    book = AdvertBook(store, network="demo", me=ME.peer_id, room=LEAST)
     first = said(ALICE, 1)
     book.admit(sealed(first, ALICE), NOW)
     assert book.admit(sealed(said(BOB, 1), BOB), NOW).outcome is Outcome.FULL
@@ -229,33 +230,98 @@ def test_strangers_wait_when_the_book_is_full(book: AdvertBook, monkeypatch: pyt
 
 
 def test_a_full_book_costs_a_stranger_more_than_the_node(
-    book: AdvertBook, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("node.catalog.book.MAX_PEERS", 2)
+    book = AdvertBook(store, network="demo", me=ME.peer_id, room=2 * LEAST)
     for key in (ALICE, BOB):
         book.admit(sealed(said(key, 1), key), NOW)
     strangers = [HostKey.from_private_bytes(bytes([n]) * 32) for n in range(10, 20)]
     messages = [sealed(said(key, 1), key) for key in strangers]
     checked, asked = [], []
     monkeypatch.setattr("node.catalog.book.read", lambda data: checked.append(data) or read(data))
-    monkeypatch.setattr(book, "forget", lambda now, forget=book.forget: asked.append(now) or forget(now))
+    monkeypatch.setattr(
+        "node.catalog.book.leaving", lambda *a, now, **more: asked.append(now) or leaving(*a, now=now, **more)
+    )
     for data in messages:
         assert book.admit(data, NOW + 1).outcome is Outcome.FULL
     assert checked == messages, "nothing but what arrives is verified"
     assert asked == [NOW + 1], "what cannot have changed is not looked for again"
 
 
-def test_a_full_book_has_room_from_the_second_on_when_a_peer_may_be_forgotten(
-    book: AdvertBook, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("node.catalog.book.MAX_PEERS", 2)
+def test_a_full_book_has_room_from_the_second_on_when_an_advert_expires(store: Store) -> None:
+    book = AdvertBook(store, network="demo", me=ME.peer_id, room=LEAST)
     book.announce([model(9)], ME, NOW)
     first = said(ALICE, 1, lifetime=60)
     book.admit(sealed(first, ALICE), NOW)
-    free = NOW + 60 + FORGET_AFTER
+    free = NOW + 60
     for moment, outcome in ((NOW, Outcome.FULL), (free - 1, Outcome.FULL), (free, Outcome.NEW)):
         assert book.admit(sealed(said(BOB, 1, now=moment), BOB), moment).outcome is outcome
     assert names(book, free) == names(AdvertBook(store, network="demo", me=ME.peer_id), free)
+
+
+def crowd(count: int, *, start: int = 100) -> list[HostKey]:
+    return [HostKey.from_private_bytes((start + n).to_bytes(32, "big")) for n in range(count)]
+
+
+def test_a_crowd_of_strangers_keeps_nobody_out_who_is_connected(store: Store) -> None:
+    strangers = crowd(8)
+    book = AdvertBook(store, network="demo", me=ME.peer_id, room=8 * LEAST)
+    for key in strangers:
+        assert book.admit(sealed(said(key), key), NOW, told_by=MALLORY.peer_id).outcome is Outcome.NEW
+    here = {ALICE.peer_id}.__contains__
+    assert book.admit(sealed(said(BOB, 1), BOB), NOW, connected=here).outcome is Outcome.FULL
+    for sender in (ALICE, BOB):  # of Bob, Alice tells
+        data = sealed(said(sender, 1), sender)
+        found = book.admit(data, NOW, told_by=ALICE.peer_id, connected=here)
+        assert found.outcome is Outcome.NEW
+    again = AdvertBook(store, network="demo", me=ME.peer_id, room=8 * LEAST)
+    for view in (book, again):
+        assert len(view.envelopes(NOW)) == 8 and names(view) == ["expert 1", "expert 1"]
+    assert again.admit(sealed(said(MALLORY, 1), MALLORY), NOW).outcome is Outcome.FULL
+
+
+def test_a_connection_that_tells_of_a_crowd_shares_with_the_others(store: Store) -> None:
+    book = AdvertBook(store, network="demo", me=ME.peer_id, room=8 * LEAST)
+    here = {ALICE.peer_id, MALLORY.peer_id}.__contains__
+
+    def tell(keys: list[HostKey], by: HostKey) -> list[Outcome]:
+        times = [NOW + 60 * n for n in range(len(keys))]
+        return [
+            book.admit(sealed(said(key), key), now, told_by=by.peer_id, connected=here).outcome
+            for key, now in zip(keys, times, strict=True)
+        ]
+
+    assert tell(crowd(12), MALLORY) == [Outcome.NEW] * 8 + [Outcome.FULL] * 4
+    assert tell(crowd(6, start=200), ALICE) == [Outcome.NEW] * 4 + [Outcome.FULL] * 2
+    told = {place[0] for place, _ in book.envelopes(NOW)}
+    assert told == {key.peer_id for key in (*crowd(4), *crowd(4, start=200))}, "who came first stays"
+
+
+def test_what_is_stored_of_all_together_is_bounded(store: Store) -> None:
+    book = AdvertBook(store, network="demo", me=ME.peer_id, room=20 * LEAST)
+    for key in crowd(6):
+        parts = announcement(
+            [model(n) for n in range(300)], network="demo", peer=key.peer_id, last=None, now=NOW
+        )
+        for advert in parts:
+            book.admit(sealed(advert, key), NOW)
+    size = sum(len(data) for _, data in book.envelopes(NOW))
+    assert 10 * LEAST < size <= 20 * LEAST
+    here = {ALICE.peer_id}.__contains__
+    data = sealed(said(ALICE, 1), ALICE)
+    assert book.admit(data, NOW, told_by=ALICE.peer_id, connected=here).outcome is Outcome.NEW
+
+
+def test_who_contradicts_itself_takes_no_more_room_than_the_proof(store: Store) -> None:
+    book = AdvertBook(store, network="demo", me=ME.peer_id, room=3 * LEAST)
+    one, two = (said(MALLORY, *range(n, n + 40)) for n in (0, 50))
+    for advert in (one, two):
+        book.admit(sealed(advert, MALLORY), NOW)
+    assert book.banned(MALLORY.peer_id) and len(sealed(one, MALLORY)) > LEAST
+    assert book.admit(sealed(said(BOB, 1), BOB), NOW).outcome is Outcome.FULL
+    here = {ALICE.peer_id}.__contains__
+    assert book.admit(sealed(said(ALICE, 1), ALICE), NOW, connected=here).outcome is Outcome.NEW
+    assert not book.banned(MALLORY.peer_id) and not book.contradictions()
 
 
 def test_a_proof_is_forgotten_with_the_numbers_of_the_liar(book: AdvertBook, store: Store) -> None:

@@ -16,13 +16,15 @@ from merge_core.digest import canonical, sha256
 from merge_core.simmerge.fingerprint import compute
 from node.catalog.book import AdvertBook, Query, read
 from node.catalog.gossip import PROTOCOL, Gossip
+from node.catalog.room import LEAST, ROOM
 from node.catalog.shelf import Measurable, Shelf
-from node.domain.advert import PAYLOAD_TYPE
+from node.domain.advert import PAYLOAD_TYPE, announcement
 from node.domain.negotiation import Purpose
 from node.domain.reasons import Reason
 from node.errors import Refused
 from node.identity import keyring
 from node.identity.envelopes import seal
+from node.identity.keys import HostKey
 from node.network.memory import Fabric, MemoryNetwork
 from node.store import Store
 
@@ -43,12 +45,12 @@ async def never(seconds: float) -> None:
 class Node:
     """One node's catalogue on a memory network."""
 
-    def __init__(self, fabric: Fabric, folder: Path) -> None:
+    def __init__(self, fabric: Fabric, folder: Path, *, room: int = ROOM) -> None:
         self.identity = keyring.create(folder / "identity", NOW)
         self.store = Store(folder / "node.db")
         self.shelf = Shelf(folder / "experts")
         self.network = MemoryNetwork(fabric, self.identity.peer_id)
-        self.book = AdvertBook(self.store, network="demo", me=self.identity.peer_id)
+        self.book = AdvertBook(self.store, network="demo", me=self.identity.peer_id, room=room)
         self.now = NOW
         self.gossip = Gossip(
             self.network,
@@ -133,6 +135,27 @@ def test_a_liar_is_found_out_by_everybody_even_by_who_comes_later(tmp_path: Path
         await until(lambda: late.book.banned(liar.identity.peer_id))
         assert all(node.names() == [] for node in honest)
         assert all(not node.book.banned(peer.identity.peer_id) for node in honest for peer in honest)
+
+    play(story)
+
+
+def test_a_crowd_of_made_up_peers_does_not_hide_who_is_here(model_dir: Path, tmp_path: Path) -> None:
+    fabric = Fabric(seed=6)
+    hub, one, late = (Node(fabric, tmp_path / name, room=4 * LEAST) for name in ("hub", "one", "late"))
+    one.shelf.add(model_dir, identity=one.identity, sketch=sketch, now=NOW, name="tiny")
+    for node in (hub, late):
+        for number in range(100, 104):
+            key = HostKey.from_private_bytes(number.to_bytes(32, "big"))
+            (advert,) = announcement([], network="demo", peer=key.peer_id, last=None, now=NOW)
+            node.book.admit(seal(PAYLOAD_TYPE, advert.to_bytes(), key).to_bytes(), NOW)
+
+    async def story(stack: AsyncExitStack) -> None:
+        await hub.join(stack)
+        await one.join(stack, hub)
+        await one.gossip.announce()
+        await until(lambda: hub.names() == ["tiny"])
+        await late.join(stack, hub)
+        await until(lambda: late.names() == ["tiny"])
 
     play(story)
 
