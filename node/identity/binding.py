@@ -71,9 +71,10 @@ class Binding:
             if publisher.public_pem != value["publicKey"]:
                 raise ValueError("the public key is not written as openssl writes it")
             binding = _statement(publisher, Envelope.from_json(value["binding"]))
+            peer = host_verifier(binding.peer_id)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise VerificationFailed(f"not a publisher record: {error}") from error
-        open_envelope(binding.envelope, PAYLOAD_TYPE, host_verifier(binding.peer_id), publisher)
+        open_envelope(binding.envelope, PAYLOAD_TYPE, peer, publisher)
         return binding
 
 

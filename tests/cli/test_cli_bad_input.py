@@ -472,7 +472,8 @@ def test_a_detached_node_that_cannot_start_says_why(weft, workplace: Path) -> No
     weft("init")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        error = weft("up", "-d", "--json", "--listen", f"/ip4/127.0.0.1/tcp/{port}").error
+        listen = f"/ip4/127.0.0.1/tcp/{port}"
+        error = weft("up", "-d", "--json", "--listen", listen, "--peer-api", "127.0.0.1:0").error
     assert "the node did not start" in error["why"] and str(port) in error["why"]
     assert error["exit_code"] == 1 and COMMAND.search(error["hint"])
     assert weft("status").code == 3

@@ -75,12 +75,10 @@ class Node:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until something holds; nothing here waits for time to pass."""
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it never happened")
+    """Let the loop and its threads run until something holds."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.002)
 
 
 def play(story: Callable[[AsyncExitStack], object]) -> None:
