@@ -408,8 +408,8 @@ async def test_a_start_that_is_cancelled_leaves_nothing_behind() -> None:
         for _ in range(checkpoints):
             await asyncio.sleep(0)
         starting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await starting
+        # On a busy machine the thread may have been quicker than the cancellation.
+        await asyncio.gather(starting, return_exceptions=True)
         await network.stop()
     assert (open_sockets(), threading.active_count()) == (sockets, threads)
     async with network:
