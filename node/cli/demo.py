@@ -198,7 +198,8 @@ class Story:
         )
         _wait_for(self.homes["node 3"], {"merged"})
         job = follow.to_the_end(self.homes["node 3"], lambda node: node.start_audit(self.told["model_id"]))
-        self.told["audit"] = job["audit"]
+        kept = shutil.copy(job["audit"]["statement"], self.folder / "claims.jsonl")
+        self.told["audit"] = {**job["audit"], "statement": str(kept)}
         verdict = "[green]PASSED[/]" if job["audit"]["passed"] else "[red]FAILED[/]"
         out.say(
             f"   {job['audit']['checked']} leaves computed again, {job['audit']['failed']} differ: {verdict}"
