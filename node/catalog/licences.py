@@ -94,7 +94,7 @@ def stated(text: str) -> str:
     """The SPDX spelling of a licence that the user named; raises UsageError when it can be none."""
     name = spdx(text)
     if not LICENCE.fullmatch(" ".join(text.split())):
-        raise UsageError(f"{text[:80]!r} is not an SPDX licence", hint="weft add DIR --license Apache-2.0")
+        raise UsageError(f"{text[:80]!r} is not an SPDX licence", hint="weft add DIR --licence Apache-2.0")
     return name
 
 

@@ -108,7 +108,9 @@ def id_import(file: Path, passphrase: Passphrase = "") -> None:
 def add(
     directory: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.")],
     name: Annotated[str | None, typer.Option(help="What others see; else the directory's name.")] = None,
-    licence: Annotated[str | None, typer.Option(help="SPDX name; else the model card's.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="SPDX name; else the model card's.")
+    ] = None,
 ) -> None:
     """Share a checkpoint: hash, sign and fingerprint it; the directory itself is never written to."""
     from node import app

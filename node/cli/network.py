@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +61,12 @@ def up(
         app.start_detached(home, settings)
         status()
         return
-    app.serve(home, settings, on_up=lambda: out.say("[green]up[/]  stop with Ctrl-C or: weft down"))
+
+    def say_up() -> None:
+        out.say("[green]up[/]  stop with Ctrl-C or: weft down")
+        out.result({"pid": os.getpid(), "home": str(home.root)}, lambda console: None)
+
+    app.serve(home, settings, on_up=say_up)
 
 
 def down() -> None:

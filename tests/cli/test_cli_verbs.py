@@ -220,6 +220,12 @@ def test_add_never_writes_to_its_source(weft, workplace: Path, listing) -> None:
     assert not shared.exists() and listing(source) == before
 
 
+@pytest.mark.parametrize("flag", ["--licence", "--license"])
+def test_a_licence_that_is_stated_counts_before_the_card(flag: str, made: Made, weft) -> None:
+    weft("init")
+    assert weft("add", made.folder / "math", flag, "mit", "--json").data["licence"] == "MIT"
+
+
 def test_an_exported_identity_is_the_same_peer_elsewhere(weft, workplace: Path, monkeypatch) -> None:
     peer = weft("init").out
     weft("id", "export", "me.json", "--passphrase", "horse")
