@@ -1,6 +1,5 @@
-"""The composition root: the only module that knows every service, and how they are put together.
+"""What verbs without a running node do, put together from the services; `daemon` puts the node together.
 
-Verbs that need no node call the functions here; `weft up` runs the daemon that is built from the same parts.
 Services are imported where they are put together: `weft --help` loads none of them.
 """
 
