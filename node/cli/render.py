@@ -231,10 +231,14 @@ def plan(console: Console, data: Data) -> None:
             ("peak memory", size(data["peak_ram_bytes"])),
         ],
     )
+    for warning in data["warnings"]:
+        console.print(f"[yellow]mind:[/] {escape(warning)}")
 
 
 def merged(console: Console, out: Output, data: Data) -> None:
     """The new model's id on stdout; what to do with it on stderr."""
+    for warning in data["warnings"]:
+        out.say(f"[yellow]mind:[/] {escape(warning)}")
     out.say(f"The merged model lies in [bold]{escape(data['directory'])}[/]")
     if data.get("signed") is False:
         out.say("It is [yellow]unsigned[/]: there is no identity here. To sign: weft init, then merge again")

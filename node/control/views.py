@@ -38,6 +38,7 @@ def job(view: JobView) -> pb.Job:
         agreements=[_agreement(item) for item in found.steps.get("agreements", [])],
         transfers=_transfers(found.steps.get("received", {})),
         model_id=str(result.get("model_id", "")),
+        warnings=result.get("warnings", ()),
     )
     if view.progress is not None:
         message.progress.CopyFrom(
@@ -120,6 +121,7 @@ def plan(planned: Planned) -> pb.PlanMergeResponse:
         output_bytes=planned.estimate.output_bytes,
         fetch_bytes=sum(item.size for item in inputs if not item.local),
         peak_ram_bytes=planned.estimate.peak_ram_bytes,
+        warnings=planned.estimate.warnings,
     )
 
 

@@ -77,11 +77,6 @@ def make_certificate(host: HostKey, now: float, *, lifetime: int = LIFETIME) -> 
     )
 
 
-def peer_id_of(pem: bytes, now: float) -> PeerId:
-    """The peer that a certificate proves to belong to; raises PeerError on whatever is not exact."""
-    return read_certificate(pem, now).peer
-
-
 def read_certificate(pem: bytes, now: float) -> PeerCertificate:
     """Check a certificate that may come from anybody; raises PeerError on whatever is not exact."""
     if len(pem) > MAX_CERTIFICATE:

@@ -83,7 +83,10 @@ class Merging:
         return await asyncio.to_thread(_compile, recipe, parents)
 
     async def merge(self, attempt: Attempt) -> dict[str, Any]:
-        """Do the job {recipe, directory, publish_as}; the result is {model_id, directory, signed}."""
+        """Do the job {recipe, directory, publish_as}.
+
+        The result is {model_id, directory, signed, warnings}.
+        """
         target = Path(attempt.request["directory"])
         planned = await self.plan(recipes.parse(attempt.request["recipe"]), attempt)
         if attempt.reached("plan") not in (None, planned.plan.digest):
@@ -110,6 +113,7 @@ class Merging:
             "model_id": manifest.model_id,
             "directory": str(target),
             "signed": (target / SIGNATURE_FILE).is_file(),
+            "warnings": list(planned.estimate.warnings),
         }
 
     def _remember(self, planned: Planned, model_id: ModelId, target: Path) -> None:

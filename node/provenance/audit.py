@@ -25,7 +25,6 @@ from node.identity.keyring import Identity
 from node.provenance.files import append_line
 from node.provenance.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 
-CLAIMS_FILE = "claims.jsonl"
 PREDICATE_TYPE = "https://slsa.dev/verification_summary/v1"
 POLICY = "urn:weft:audit:full:v1"
 """The policy: execute the plan again, and every leaf, traced value and functional file must agree."""

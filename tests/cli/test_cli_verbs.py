@@ -226,6 +226,28 @@ def test_a_licence_that_is_stated_counts_before_the_card(flag: str, made: Made, 
     assert weft("add", made.folder / "math", flag, "mit", "--json").data["licence"] == "MIT"
 
 
+def test_what_a_person_has_to_judge_is_said_before_and_after_a_merge(weft, workplace: Path, merging) -> None:
+    merging(workplace / "work")
+    config = workplace / "work" / "base" / "config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "m.M"}, "odd_key": 1})
+    )
+    (workplace / "work" / "math" / "vocab.json").write_text("{}")
+    recipe = workplace / "work" / "recipe.yml"
+    text = recipe.read_text()
+    for name in ("base", "math", "code"):
+        text = re.sub(rf"(model: )(\./)?{name}\b", rf"\g<1>{workplace}/work/{name}", text)
+    recipe.write_text(text)
+    warnings = weft("plan", recipe, "--json").data["warnings"]
+    assert any("odd_key" in w for w in warnings) and any("tokenizer" in w for w in warnings)
+    assert "odd_key" in weft("plan", recipe).out
+    merged = weft("merge", recipe, "-o", "out")
+    assert (
+        "odd_key" in merged.err
+        and not {"odd_key", "auto_map"} & json.loads(Path("out/config.json").read_text()).keys()
+    )
+
+
 def test_an_exported_identity_is_the_same_peer_elsewhere(weft, workplace: Path, monkeypatch) -> None:
     peer = weft("init").out
     weft("id", "export", "me.json", "--passphrase", "horse")

@@ -14,7 +14,7 @@ from libp2p.peer.id import ID
 from libp2p.security.tls.certificate import verify_certificate_chain
 
 from node.errors import PeerError
-from node.identity.certificates import TARGET_NAME, make_certificate, peer_id_of, read_certificate
+from node.identity.certificates import TARGET_NAME, make_certificate, read_certificate
 from node.identity.keys import HostKey
 
 NOW = datetime.now(UTC).timestamp()  # libp2p's verifier reads the clock by itself
@@ -24,7 +24,7 @@ DER = x509.load_pem_x509_certificate(CERTIFICATE.pem).public_bytes(serialization
 
 
 def test_a_certificate_proves_its_peer() -> None:
-    assert peer_id_of(CERTIFICATE.pem, NOW) == HOST.peer_id
+    assert read_certificate(CERTIFICATE.pem, NOW).peer == HOST.peer_id
 
 
 def test_libp2p_reads_the_same_peer_from_it() -> None:
@@ -44,7 +44,7 @@ def test_each_certificate_has_a_key_and_a_subject_of_its_own() -> None:
 @pytest.mark.parametrize("later", [-7200, 366 * 86400])
 def test_a_certificate_out_of_its_time_is_refused(later: float) -> None:
     with pytest.raises(PeerError, match="not valid at this time"):
-        peer_id_of(CERTIFICATE.pem, NOW + later)
+        read_certificate(CERTIFICATE.pem, NOW + later)
 
 
 OWN = serialization.load_pem_private_key(CERTIFICATE.key_pem, None)
@@ -85,17 +85,17 @@ def rebuilt(
 
 def test_a_stolen_extension_proves_nothing() -> None:
     with pytest.raises(PeerError, match="proves no peer id"):
-        peer_id_of(rebuilt(), NOW)
+        read_certificate(rebuilt(), NOW)
 
 
 def test_a_certificate_without_the_extension_is_refused() -> None:
     with pytest.raises(PeerError, match="proves no peer id"):
-        peer_id_of(rebuilt(extension=False), NOW)
+        read_certificate(rebuilt(extension=False), NOW)
 
 
 def test_nothing_but_the_serial_number_and_the_dates_is_free() -> None:
     assert isinstance(OWN, ec.EllipticCurvePrivateKey)
-    assert peer_id_of(rebuilt(key=OWN), NOW) == HOST.peer_id
+    assert read_certificate(rebuilt(key=OWN), NOW).peer == HOST.peer_id
     victim = x509.load_pem_x509_certificate(make_certificate(HostKey.generate(), NOW).pem).subject
     again = x509.load_pem_x509_certificate(make_certificate(HOST, NOW).pem).subject
     bare = x509.Name(list(SUBJECT)[:1])
@@ -109,12 +109,12 @@ def test_nothing_but_the_serial_number_and_the_dates_is_free() -> None:
         rebuilt(key=OWN, more=x509.BasicConstraints(ca=False, path_length=None)),
     ):
         with pytest.raises(PeerError, match=r"certificate: (its subject|subject/issuer|Issuer)"):
-            peer_id_of(wrong, NOW)
+            read_certificate(wrong, NOW)
 
 
 def test_another_curve_is_refused() -> None:
     with pytest.raises(PeerError, match="P-256"):
-        peer_id_of(rebuilt(key=ec.generate_private_key(ec.SECP384R1())), NOW)
+        read_certificate(rebuilt(key=ec.generate_private_key(ec.SECP384R1())), NOW)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_a_certificate_comes_out_in_one_spelling(spelling: bytes) -> None:
 
 def test_two_certificates_are_not_one() -> None:
     with pytest.raises(PeerError, match="2 certificates"):
-        peer_id_of(CERTIFICATE.pem * 2, NOW)
+        read_certificate(CERTIFICATE.pem * 2, NOW)
     with pytest.raises(PeerError, match="bytes"):
-        peer_id_of(CERTIFICATE.pem * 100, NOW)
+        read_certificate(CERTIFICATE.pem * 100, NOW)
 
 
 @pytest.mark.filterwarnings("ignore:Parsed a serial number")
@@ -144,13 +144,13 @@ def test_no_bit_of_a_certificate_can_be_flipped() -> None:
         data = bytearray(DER)
         data[at // 8] ^= 1 << at % 8
         with pytest.raises(PeerError):
-            peer_id_of(ssl.DER_cert_to_PEM_cert(bytes(data)).encode(), NOW)
+            read_certificate(ssl.DER_cert_to_PEM_cert(bytes(data)).encode(), NOW)
 
 
 @given(data=st.binary(max_size=300))
 def test_rubbish_is_no_certificate(data: bytes) -> None:
     with pytest.raises(PeerError):
-        peer_id_of(data, NOW)
+        read_certificate(data, NOW)
 
 
 def test_openssl_shakes_hands_with_it_on_both_sides(tmp_path) -> None:
@@ -170,7 +170,7 @@ def test_openssl_shakes_hands_with_it_on_both_sides(tmp_path) -> None:
                 continue
     seen = theirs.getpeercert(binary_form=True)
     assert seen is not None
-    assert peer_id_of(ssl.DER_cert_to_PEM_cert(seen).encode(), NOW) == HOST.peer_id
+    assert read_certificate(ssl.DER_cert_to_PEM_cert(seen).encode(), NOW).peer == HOST.peer_id
 
 
 def context(folder, name, own, root, serving):

@@ -210,7 +210,7 @@ class PlanMergeRequest(_message.Message):
     def __init__(self, recipe: _Optional[str] = ...) -> None: ...
 
 class PlanMergeResponse(_message.Message):
-    __slots__ = ("plan", "operator", "inputs", "tensors", "output_bytes", "fetch_bytes", "peak_ram_bytes")
+    __slots__ = ("plan", "operator", "inputs", "tensors", "output_bytes", "fetch_bytes", "peak_ram_bytes", "warnings")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     OPERATOR_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -218,6 +218,7 @@ class PlanMergeResponse(_message.Message):
     OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     FETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_RAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     plan: str
     operator: str
     inputs: _containers.RepeatedCompositeFieldContainer[PlanInput]
@@ -225,7 +226,8 @@ class PlanMergeResponse(_message.Message):
     output_bytes: int
     fetch_bytes: int
     peak_ram_bytes: int
-    def __init__(self, plan: _Optional[str] = ..., operator: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[PlanInput, _Mapping]]] = ..., tensors: _Optional[int] = ..., output_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., peak_ram_bytes: _Optional[int] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, plan: _Optional[str] = ..., operator: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[PlanInput, _Mapping]]] = ..., tensors: _Optional[int] = ..., output_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., peak_ram_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AgreementView(_message.Message):
     __slots__ = ("digest", "provider", "requester", "purpose", "models", "expires_at")
@@ -290,7 +292,7 @@ class JobError(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., why: _Optional[str] = ..., hint: _Optional[str] = ..., exit_code: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "state", "since", "waiting_on", "subject", "directory", "plan", "agreements", "transfers", "progress", "model_id", "audit", "error")
+    __slots__ = ("id", "kind", "state", "since", "waiting_on", "subject", "directory", "plan", "agreements", "transfers", "progress", "model_id", "audit", "error", "warnings")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -305,6 +307,7 @@ class Job(_message.Message):
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: JobKind
     state: JobState
@@ -319,7 +322,8 @@ class Job(_message.Message):
     model_id: str
     audit: AuditResult
     error: JobError
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., state: _Optional[_Union[JobState, str]] = ..., since: _Optional[float] = ..., waiting_on: _Optional[str] = ..., subject: _Optional[str] = ..., directory: _Optional[str] = ..., plan: _Optional[str] = ..., agreements: _Optional[_Iterable[_Union[AgreementView, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., model_id: _Optional[str] = ..., audit: _Optional[_Union[AuditResult, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., state: _Optional[_Union[JobState, str]] = ..., since: _Optional[float] = ..., waiting_on: _Optional[str] = ..., subject: _Optional[str] = ..., directory: _Optional[str] = ..., plan: _Optional[str] = ..., agreements: _Optional[_Iterable[_Union[AgreementView, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., model_id: _Optional[str] = ..., audit: _Optional[_Union[AuditResult, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StartMergeRequest(_message.Message):
     __slots__ = ("request_id", "recipe", "directory", "publish_as", "resume")
