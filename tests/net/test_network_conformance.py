@@ -120,8 +120,11 @@ async def flood(network: Network, victim: Witness, data: bytes) -> None:
 
 
 async def connected_pair(world: World, limits: Limits | None = None) -> tuple[Network, Network]:
+    """Two networks that both know of their connection: the side that is dialled learns of it last."""
     asker, answerer = await world.start(), await world.start(limits=limits)
+    seen = Witness(answerer)
     await asker.connect(answerer.addresses()[0])
+    assert await seen.sees(Change.CONNECTED) == asker.peer_id
     return asker, answerer
 
 
