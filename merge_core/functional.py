@@ -8,14 +8,14 @@ template are copied. The same plan and donor give the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from merge_core.checkpoint.manifest import FUNCTIONAL_FILES, MAX_FUNCTIONAL_FILE
 from merge_core.checkpoint.reader import MAX_CONFIG
 from merge_core.config_keys import CONFIG_KEYS
 from merge_core.errors import CorruptCheckpoint
-from merge_core.plan import MergePlan
+from merge_core.plan import MergePlan, Step
 from merge_core.recipe import DTYPES
 
 _DEPTH = 6
@@ -25,8 +25,28 @@ _GENERATION_REFUSED = frozenset({"auto_map", "custom_generate", "cache_implement
 _TOKENIZER_REFUSED = frozenset({"auto_map", "name_or_path", "tokenizer_file"})
 
 
-def output_files(plan: MergePlan, donor_files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The functional files of the merged model, by name, sorted.
+Files = Callable[[], Mapping[str, bytes]]
+"""Gives the functional files of a model, by name, when they are needed."""
+
+
+def result_files(plan: MergePlan, inputs: Sequence[Files]) -> dict[str, bytes]:
+    """The functional files of a plan's result from those of its inputs, by name, sorted.
+
+    Raises CorruptCheckpoint where a donor has no config, or one that is not what it should be.
+    """
+    sources = list(inputs)
+    for step in plan.steps:
+        sources.append(_made_by(step, sources))
+    return dict(sources[-1]())
+
+
+def _made_by(step: Step, sources: Sequence[Files]) -> Files:
+    donor = sources[step.donor]
+    return lambda: output_files(step, donor())
+
+
+def output_files(step: Step, donor_files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The functional files that a step makes of its donor's, by name, sorted.
 
     Raises CorruptCheckpoint where the donor has no config, or one that is not what it should be.
     """
@@ -40,7 +60,7 @@ def output_files(plan: MergePlan, donor_files: Mapping[str, bytes]) -> dict[str,
         if len(data) > MAX_FUNCTIONAL_FILE:
             raise CorruptCheckpoint(f"{name} has {len(data)} bytes; at most {MAX_FUNCTIONAL_FILE} are read")
         if name == "config.json":
-            data = _write(_config(_object(name, data), plan.dtype))
+            data = _write(_config(_object(name, data), step))
         elif name == "generation_config.json":
             data = _write(_without(_object(name, data), _GENERATION_REFUSED))
         elif name == "tokenizer_config.json" and _TOKENIZER_REFUSED & _object(name, data).keys():
@@ -49,10 +69,11 @@ def output_files(plan: MergePlan, donor_files: Mapping[str, bytes]) -> dict[str,
     return files
 
 
-def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The known keys with plain values; `dtype` under the keys that the donor uses, else as `torch_dtype`."""
-    kept = {key: value for key, value in config.items() if key in CONFIG_KEYS and _plain(value)}
-    named = next((name for name, short in DTYPES.items() if short == dtype), "float64")
+def _config(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
+    """The known keys with plain values, as the step changes them; its type under the keys that the donor uses, else as `torch_dtype`."""
+    changed = {**config, **step.config}
+    kept = {key: value for key, value in changed.items() if key in CONFIG_KEYS and _plain(value)}
+    named = next((name for name, short in DTYPES.items() if short == step.dtype), "float64")
     spelled = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return kept | dict.fromkeys(spelled, named)
 

@@ -16,7 +16,7 @@ from typing import Any
 from merge_core.digest import Digest, canonical, check_version, parse_canonical, sha256
 from merge_core.errors import CorruptCheckpoint
 from merge_core.operators.base import Traced
-from merge_core.plan import MergePlan, TensorPlan, trace_shape
+from merge_core.plan import MergePlan, Step, TensorPlan, trace_shape
 
 MAX_TRACE = 64 << 20
 TOLERANCE = 1e-6
@@ -25,13 +25,13 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The traced values by tensor; tensors that needed none do not appear."""
+    """The traced values of each step by tensor; tensors that needed none do not appear."""
 
-    tensors: Mapping[str, Traced]
+    steps: tuple[Mapping[str, Traced], ...]
 
-    def __getitem__(self, tensor: str) -> Traced:
+    def of(self, step: int, tensor: str) -> Traced:
         """The values of one tensor: empty where it needed none."""
-        return self.tensors.get(tensor, {})
+        return self.steps[step].get(tensor, {})
 
     @cached_property
     def digest(self) -> Digest:
@@ -42,8 +42,10 @@ class Trace:
         """The canonical bytes: floats as hex, integers as they are."""
         return canonical(
             {
-                "version": 1,
-                "tensors": {name: write_values(traced) for name, traced in self.tensors.items()},
+                "version": 2,
+                "steps": [
+                    {name: write_values(traced) for name, traced in step.items()} for step in self.steps
+                ],
             }
         )
 
@@ -54,16 +56,20 @@ class Trace:
             raise CorruptCheckpoint(f"a trace of {len(data)} bytes; at most {MAX_TRACE} are read")
         try:
             value = parse_canonical(data)
-            if not isinstance(value, dict) or set(value) != {"version", "tensors"}:
-                raise ValueError("expected exactly the keys tensors and version")
-            check_version(value["version"], 1, "trace")
-            claimed = value["tensors"]
-            needed = [tensor for tensor in plan.tensors if trace_shape(tensor)]
-            if not isinstance(claimed, dict) or claimed.keys() != {tensor.name for tensor in needed}:
-                raise ValueError("it lists other tensors than the plan needs")
-            return cls(tensors={t.name: read_values(t, claimed[t.name]) for t in needed})
+            if not isinstance(value, dict) or set(value) != {"version", "steps"}:
+                raise ValueError("expected exactly the keys steps and version")
+            check_version(value["version"], 2, "trace")
+            steps = zip(plan.steps, value["steps"], strict=True)
+            return cls(steps=tuple(_step(step, claimed) for step, claimed in steps))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptCheckpoint(f"not the trace of this plan: {error}") from error
+
+
+def _step(step: Step, claimed: Any) -> dict[str, Traced]:
+    needed = [tensor for tensor in step.tensors if trace_shape(tensor)]
+    if not isinstance(claimed, dict) or claimed.keys() != {tensor.name for tensor in needed}:
+        raise ValueError("it lists other tensors than the plan needs")
+    return {t.name: read_values(t, claimed[t.name]) for t in needed}
 
 
 def write_values(traced: Traced) -> dict[str, list[Any]]:

@@ -248,8 +248,8 @@ class VerifiedSource:
         """Every tensor, sorted by name."""
         return self._checkpoint.tensors
 
-    def read(self, tensor: str, first_leaf: int, count: int) -> memoryview:
-        """Read `count` leaves; the view stays valid until the same thread reads here again.
+    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
+        """Read `count` leaves into `into`, else into memory that the same thread's next read here uses again.
 
         Raises KeyError on an unknown tensor, ValueError outside of it, CorruptCheckpoint on a wrong leaf.
         """
@@ -260,7 +260,9 @@ class VerifiedSource:
             )
         begin = first_leaf * merkle.LEAF_SIZE
         length = min(count * merkle.LEAF_SIZE, self._checkpoint.tensors[tensor].length - begin)
-        view = self._checkpoint.read_bytes(tensor, begin, length, into=self._buffer(length))
+        view = self._checkpoint.read_bytes(
+            tensor, begin, length, into=self._buffer(length) if into is None else into
+        )
         for i in range(count):
             leaf = view[i * merkle.LEAF_SIZE : (i + 1) * merkle.LEAF_SIZE]
             if merkle.leaf_digest(leaf) != expected[first_leaf + i]:

@@ -33,10 +33,13 @@ class TensorSource(Protocol):
         """Every tensor, sorted by name."""
         ...
 
-    def read(self, tensor: str, first_leaf: int, count: int) -> bytes | memoryview:
+    def read(
+        self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None
+    ) -> bytes | memoryview:
         """The bytes of `count` leaves of 1 MiB from `first_leaf`; the last leaf of a tensor may be shorter.
 
-        A memoryview stays valid until the next read on this source by the same thread.
-        Raises CorruptCheckpoint when the bytes do not match their digest.
+        They lie in the start of `into`, which has room for whole leaves, where it is given; else a memoryview
+        stays valid until the next read on this source by the same thread. Raises CorruptCheckpoint when the
+        bytes do not match their digest.
         """
         ...

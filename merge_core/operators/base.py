@@ -6,10 +6,14 @@ Rules that keep the bits of the result the same on every machine, thread count a
 - a product and a sum are two roundings: no fused multiply-add, `alpha=`, addcmul, lerp, `stack().sum(0)`;
 - a scalar meets a tensor as a float32 (`single`), so that no library decides how to round it;
 - what depends on a whole tensor is measured first, over chunks in index order, and lands in the Trace;
-  `apply` then needs one chunk and the traced values alone.
+  `apply` then needs one chunk and the traced values alone;
+- chance is a function of a key and the index of the element (`Chunk.keys`), never of what came before.
 
 An operator that cannot be split so declares WHOLE_TENSOR: it is audited by tolerance, not leaf by leaf.
-Nothing here imports torch: kernels use only the methods of the tensors they are handed.
+
+`apply` is the formula, in torch, readable beside the paper and good for any device. Where `compiled` is given
+it computes the same bits faster on a CPU, and a test holds the two equal. Nothing here imports torch: a
+formula uses the methods of the tensors that it is handed.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +37,8 @@ Parameters: TypeAlias = Mapping[str, Value]
 
 Traced: TypeAlias = Mapping[str, tuple[int, ...] | tuple[float, ...]]
 """What `measure` found in the weights of one tensor; the names are the operator's `traces`."""
+
+Array: TypeAlias = NDArray[np.float32]
 
 T = TypeVar("T")
 
@@ -71,14 +80,25 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A run of elements of every input: float32, one dimension, equal lengths.
+    """A run of elements of every operand: float32, one dimension, equal lengths, as numpy `arrays`.
 
-    `tensors` are in plan order, the base first where the operator needs one; `start` is the index of the
-    first element in the whole tensor.
+    They are in plan order, the base first where the operator needs one, and only to be read. `start` is the
+    index of the first element in the whole tensor. `keys` holds the 64 bit key of chance for each expert.
+    `row` is the length of a row: the last dimension of a matrix, all of a vector. An operator that declares
+    `rows` gets whole rows.
     """
 
-    tensors: tuple[Tensor, ...]
+    arrays: tuple[Array, ...]
     start: int
+    row: int
+    keys: tuple[int, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The same elements as torch tensors, which share their memory."""
+        from torch import from_numpy  # here, so that a merge with compiled operators alone never loads it
+
+        return tuple(map(from_numpy, self.arrays))
 
 
 class Stream(Protocol):
@@ -103,6 +123,12 @@ class Apply(Protocol):
     def __call__(self, chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor: ...
 
 
+class Compiled(Protocol):
+    """Compute what `apply` does, to the bit, into `out`: float32, as long as the arrays of the chunk."""
+
+    def __call__(self, chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None: ...
+
+
 class Measure(Protocol):
     """Compute what `apply` must know of the whole tensor."""
 
@@ -113,9 +139,9 @@ class Measure(Protocol):
 class Operator:
     """The declaration of one operator with its kernel.
 
-    `experts` bounds the number of inputs that are not the base. `passes` is how often `measure` reads the
-    tensors, at most. `traces` names what `measure` returns for
-    the given parameters and number of experts, with the number of values and whether they are ints.
+    `experts` bounds the number of operands that are not the base. `passes` is how often `measure` reads the
+    tensors, at most. `traces` names what `measure` returns for the given parameters and number of experts,
+    with the number of values and whether they are ints. With `rows` every chunk consists of whole rows.
     """
 
     name: str
@@ -125,9 +151,11 @@ class Operator:
     experts: tuple[int, int | None]
     parameters: tuple[Parameter, ...]
     apply: Apply
+    compiled: Compiled | None = None
     measure: Measure | None = None
     passes: int = 0
     traces: Callable[[Parameters, int], Mapping[str, tuple[int, type]]] = lambda parameters, experts: {}
+    rows: bool = False
 
     def parameter(self, name: str) -> Parameter | None:
         """The declaration of one parameter, or None."""
@@ -164,6 +192,22 @@ def weighted_sum(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Ten
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total = total + tensor * single(weight)
     return total
+
+
+def weighted_sum_into(arrays: tuple[Array, ...], weights: tuple[float, ...], out: Array) -> None:
+    """`weighted_sum`, compiled."""
+    from merge_core.operators import kernels
+
+    kernels.scale(arrays[0], np.float32(weights[0]), out)
+    for array, weight in zip(arrays[1:], weights[1:], strict=True):
+        kernels.add_scaled(array, np.float32(weight), out)
+
+
+def divide_by(divisor: float, out: Array) -> None:
+    """Divide by a float32 in place, compiled."""
+    from merge_core.operators import kernels
+
+    kernels.divide(out, np.float32(divisor))
 
 
 def sum_of(weights: tuple[float, ...]) -> float:

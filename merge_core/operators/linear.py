@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merge_core.operators.base import (
+    Array,
     Chunk,
     Exactness,
     Operator,
     Parameter,
     Parameters,
     Traced,
+    divide_by,
     each,
     sum_of,
     weighted_sum,
+    weighted_sum_into,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +30,13 @@ def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
     return total / sum_of(weights) if parameters["normalize"] else total
 
 
+def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+    weights = each(parameters, "weight")
+    weighted_sum_into(chunk.arrays, weights, out)
+    if parameters["normalize"]:
+        divide_by(sum_of(weights), out)
+
+
 LINEAR = Operator(
     name="linear",
     cite="arXiv:2203.05482",
@@ -38,4 +48,5 @@ LINEAR = Operator(
         Parameter(name="normalize", default=True, flag=True),
     ),
     apply=_apply,
+    compiled=_compiled,
 )

@@ -1,33 +1,65 @@
 """Sums over a tensor whose bits do not depend on threads, chunks or vector width.
 
 Blocks of 4096 elements from the start of the tensor are folded by halves in float64 (a fixed tree of
-elementwise additions, which every library rounds alike); the caller adds the blocks in index order.
+elementwise additions, which every machine rounds alike); the blocks are added in index order.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
 
-BLOCK = 4096
+from merge_core.errors import Unmergeable
+from merge_core.operators import kernels
+from merge_core.operators.base import Array, Chunk, Stream
 
-
-def block_sums(values: Tensor) -> list[float]:
-    """Sum each block of a one-dimensional float64 tensor; the last block counts as padded with zeros."""
-    whole = values.numel() // BLOCK * BLOCK
-    sums: list[float] = _fold(values[:whole].view(-1, BLOCK)) if whole else []
-    if whole < values.numel():
-        padded = values.new_zeros(BLOCK)
-        padded[: values.numel() - whole] = values[whole:]
-        sums += _fold(padded.view(1, BLOCK))
-    return sums
+BLOCK = kernels.BLOCK
 
 
-def _fold(blocks: Tensor) -> list[float]:
-    while blocks.shape[1] > 1:
-        half = blocks.shape[1] // 2
-        blocks = blocks[:, :half] + blocks[:, half:]
-    folded: list[float] = blocks[:, 0].tolist()
-    return folded
+def block_dots(x: Array, y: Array) -> list[float]:
+    """⟨x, y⟩ of each block of 4096 elements, the last one counted as padded with zeros."""
+    sums = np.empty(-(-len(x) // BLOCK), np.float64)
+    kernels.block_dots(x, y, sums)
+    listed: list[float] = sums.tolist()
+    return listed
+
+
+def gram(stream: Stream, *, deltas: bool = False) -> list[list[float]]:
+    """⟨xᵢ, xⱼ⟩ for every two operands; with `deltas`, of the experts' differences from the base.
+
+    Raises Unmergeable when one is not finite: nothing can be measured then.
+    """
+
+    def products(chunk: Chunk) -> list[list[float]]:
+        vectors = _deltas(chunk) if deltas else chunk.arrays
+        return [block_dots(x, y) for x, y in combinations_with_replacement(vectors, 2)]
+
+    sums: list[float] = []
+    for blocks in stream.map(products):
+        sums = sums or [0.0] * len(blocks)
+        for pair, values in enumerate(blocks):
+            for value in values:
+                sums[pair] += value
+    if not all(map(math.isfinite, sums)):
+        raise Unmergeable(
+            "its weights hold NaN or infinity, and their lengths and angles are needed",
+            hint="leave out the model whose weights are damaged",
+        )
+    return _square(sums)
+
+
+def _deltas(chunk: Chunk) -> tuple[Array, ...]:
+    base, *experts = chunk.arrays
+    return tuple(expert - base for expert in experts)
+
+
+def _square(upper: Sequence[float]) -> list[list[float]]:
+    """The symmetric matrix whose upper triangle, row by row, is given."""
+    size = int((math.isqrt(8 * len(upper) + 1) - 1) / 2)
+    matrix = [[0.0] * size for _ in range(size)]
+    for (i, j), value in zip(combinations_with_replacement(range(size), 2), upper, strict=True):
+        matrix[i][j] = matrix[j][i] = value
+    return matrix

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from merge_core.errors import Unmergeable
 from merge_core.operators.base import (
+    Array,
     Chunk,
     Exactness,
     Operator,
@@ -21,8 +21,8 @@ from merge_core.operators.base import (
     Traced,
     number,
     single,
+    weighted_sum_into,
 )
-from merge_core.operators.reductions import BLOCK, block_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,31 +35,11 @@ VANISHING = 1e-8
 
 
 def _measure(stream: Stream, parameters: Parameters) -> Traced:
-    """Find the factors of base and expert from ⟨a,b⟩, ⟨a,a⟩ and ⟨b,b⟩.
+    """Find the factors of base and expert from ⟨a,b⟩, ⟨a,a⟩ and ⟨b,b⟩."""
+    from merge_core.operators.reductions import gram
 
-    Raises Unmergeable when a weight is not finite: there is no angle then.
-    """
-    dot = square_a = square_b = 0.0
-    for sums in stream.map(_products):
-        for a_b, a_a, b_b in sums:
-            dot += a_b
-            square_a += a_a
-            square_b += b_b
-    if not all(map(math.isfinite, (dot, square_a, square_b))):
-        raise Unmergeable(
-            "slerp needs finite weights, and a tensor holds NaN or infinity",
-            hint="leave out the model whose weights are damaged",
-        )
+    (square_a, dot), (_, square_b) = gram(stream)
     return {"factors": factors(dot, math.sqrt(square_a), math.sqrt(square_b), number(parameters, "t"))}
-
-
-def _products(chunk: Chunk) -> list[tuple[float, float, float]]:
-    """The three sums of every block; a few blocks at a time stay in the cache."""
-    sums: list[tuple[float, float, float]] = []
-    for at in range(0, len(chunk.tensors[0]), 16 * BLOCK):
-        a, b = (tensor[at : at + 16 * BLOCK].double() for tensor in chunk.tensors)
-        sums.extend(zip(block_sums(a * b), block_sums(a * a), block_sums(b * b), strict=True))
-    return sums
 
 
 def factors(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float]:
@@ -78,6 +58,10 @@ def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
     return a * single(factor_a) + b * single(factor_b)
 
 
+def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+    weighted_sum_into(chunk.arrays, traced["factors"], out)
+
+
 SLERP = Operator(
     name="slerp",
     cite="doi:10.1145/325165.325242",
@@ -86,6 +70,7 @@ SLERP = Operator(
     experts=(1, 1),
     parameters=(Parameter(name="t"),),
     apply=_apply,
+    compiled=_compiled,
     measure=_measure,
     passes=1,
     traces=lambda parameters, experts: {"factors": (2, float)},

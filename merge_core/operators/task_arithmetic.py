@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from merge_core.operators.base import (
+    Array,
     Chunk,
     Exactness,
     Operator,
     Parameter,
     Parameters,
     Traced,
+    divide_by,
     each,
     number,
     single,
@@ -32,6 +36,19 @@ def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
     return base + delta * single(number(parameters, "lambda"))
 
 
+def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+    from merge_core.operators import kernels
+
+    base, *experts = chunk.arrays
+    weights = each(parameters, "weight")
+    kernels.scale_delta(experts[0], base, np.float32(weights[0]), out)
+    for expert, weight in zip(experts[1:], weights[1:], strict=True):
+        kernels.add_scaled_delta(expert, base, np.float32(weight), out)
+    if parameters["normalize"]:
+        divide_by(sum_of(weights), out)
+    kernels.add_to_base(base, np.float32(number(parameters, "lambda")), out)
+
+
 TASK_ARITHMETIC = Operator(
     name="task_arithmetic",
     cite="arXiv:2212.04089",
@@ -44,4 +61,5 @@ TASK_ARITHMETIC = Operator(
         Parameter(name="normalize", default=False, flag=True),
     ),
     apply=_apply,
+    compiled=_compiled,
 )

@@ -1,0 +1,173 @@
+"""Materials: what a plan's operands read from, be it a model or what an earlier step makes of models.
+
+The result of an earlier step is a TensorSource like any other: its leaves are computed when they are read
+and never lie on a disk. What such a step must know of whole tensors is measured before anybody reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from merge_core.checkpoint import dtypes, merkle
+from merge_core.checkpoint.source import TensorInfo, TensorSource
+from merge_core.errors import CorruptCheckpoint
+from merge_core.execute.pool import Pool
+from merge_core.execute.work import Work
+from merge_core.functional import Files, result_files
+from merge_core.operators import COPY
+from merge_core.operators.base import Traced
+from merge_core.operators.scratch import scratch
+from merge_core.plan import CHUNK_ELEMENTS, MergePlan, Step, TensorPlan
+from merge_core.seeding import key
+from merge_core.trace import Trace, close
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """One input of a plan: its weights, and its config, tokenizer and chat template when asked."""
+
+    tensors: TensorSource
+    files: Files
+
+
+class Materials:
+    """The inputs of a plan and the steps made of them; raises CorruptCheckpoint where one does not fit.
+
+    With `claimed` the traced values are those of a Trace, and `doubted` lists the (step, tensor) where
+    measuring again gave others.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        inputs: Sequence[Material],
+        *,
+        claimed: Trace | None = None,
+        chunk_elements: int = CHUNK_ELEMENTS,
+    ) -> None:
+        if len(inputs) != len(plan.inputs):
+            raise ValueError(f"{len(inputs)} materials for a plan of {len(plan.inputs)} inputs")
+        self._plan = plan
+        self._inputs = tuple(inputs)
+        self._claimed = claimed
+        self._chunk = chunk_elements
+        self._sources: list[TensorSource] = [material.tensors for material in inputs]
+        self._traced: list[dict[str, Traced]] = [{} for _ in plan.steps]
+        self._planned = [{tensor.name: tensor for tensor in step.tensors} for step in plan.steps]
+        self.doubted: list[tuple[int, str]] = []
+        for index, step in enumerate(plan.steps):
+            self._check(step)
+            self._sources.append(_Computed(self, index, step))
+
+    def work(self, step: int, tensor: str) -> Work:
+        """The work on one tensor of a step."""
+        planned = self._planned[step][tensor]
+        return Work(
+            planned,
+            [self._sources[operand.source] for operand in planned.operands],
+            keys=[self._key(operand.source, tensor) for operand in planned.operands[-planned.experts :]],
+            depth=step,
+            chunk_elements=self._chunk,
+        )
+
+    def measured(self, step: int, tensor: str, pool: Pool, *, known: Traced | None = None) -> Traced:
+        """What is traced of one tensor, after all that it is computed from; `known` spares measuring it."""
+        planned = self._planned[step][tensor]
+        for operand in planned.operands:
+            below = operand.source - len(self._inputs)
+            if below >= 0 and operand.tensor not in self._traced[below]:
+                self.measured(below, operand.tensor, pool)
+        traced = self.work(step, tensor).measure(pool) if known is None else known
+        if self._claimed is not None:
+            claim = self._claimed.of(step, tensor)
+            if not close(claim, traced):
+                self.doubted.append((step, tensor))
+            traced = claim
+        self._traced[step][tensor] = traced
+        return traced
+
+    def trace(self, pool: Pool) -> Trace:
+        """The Trace of the whole plan: what was not measured yet is measured now."""
+        for step, tensors in enumerate(self._planned):
+            for name in tensors.keys() - self._traced[step].keys():
+                self.measured(step, name, pool)
+        return Trace(
+            steps=tuple(
+                {name: traced[name] for name in sorted(traced) if traced[name]} for traced in self._traced
+            )
+        )
+
+    def traced(self, step: int, tensor: str) -> Traced:
+        """What was measured of a tensor before."""
+        return self._traced[step][tensor]
+
+    def believe(self) -> None:
+        """Take every claimed value for what would have been measured."""
+        assert self._claimed is not None
+        for step, tensors in enumerate(self._planned):
+            self._traced[step] = {name: self._claimed.of(step, name) for name in tensors}
+
+    def files(self) -> dict[str, bytes]:
+        """The functional files of the result, by name, sorted."""
+        return result_files(self._plan, [material.files for material in self._inputs])
+
+    def _key(self, source: int, tensor: str) -> int:
+        step = source - len(self._inputs)
+        name = f"step {step}" if step >= 0 else self._plan.inputs[source]
+        return key(self._plan.digest, name, tensor)
+
+    def _check(self, step: Step) -> None:
+        """Raise CorruptCheckpoint unless every source has the tensors that a step takes from it."""
+        for planned in step.tensors:
+            for operand in planned.operands:
+                fault = _fault(planned, self._sources[operand.source].tensors.get(operand.tensor))
+                if fault:
+                    raise CorruptCheckpoint(
+                        f"{self._name(operand.source)} {fault} {operand.tensor}", hint="weft plan RECIPE"
+                    )
+
+    def _name(self, source: int) -> str:
+        step = source - len(self._inputs)
+        return f"step {step} of the plan" if step >= 0 else f"input {source} ({self._plan.inputs[source]})"
+
+
+class _Computed:
+    """The result of a step as a source: leaves are computed in the thread that reads them."""
+
+    def __init__(self, materials: Materials, step: int, planned: Step) -> None:
+        self.tensors: Mapping[str, TensorInfo] = planned.layout
+        self._materials = materials
+        self._step = step
+
+    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
+        """The bytes of some leaves; they need no check, they were made here."""
+        work = self._materials.work(self._step, tensor)
+        traced = self._materials.traced(self._step, tensor)
+        view = memoryview(bytearray(count * merkle.LEAF_SIZE)) if into is None else into
+        done = 0
+        for piece in range(first_leaf // work.leaves_per_piece, work.pieces):
+            length = work.piece_bytes(piece)
+            out = scratch(f"piece {self._step}", length, np.uint8).data
+            work.compute(piece, traced, out)
+            skip = max(first_leaf - piece * work.leaves_per_piece, 0) * merkle.LEAF_SIZE
+            part = out[skip : skip + count * merkle.LEAF_SIZE - done]
+            view[done : done + len(part)] = part
+            done += len(part)
+            if done == count * merkle.LEAF_SIZE:
+                break
+        return view[:done]
+
+
+def _fault(planned: TensorPlan, info: TensorInfo | None) -> str | None:
+    """What is wrong with a tensor that a plan takes as an operand, or None."""
+    if info is None:
+        return "lacks"
+    if info.shape != planned.shape:
+        return f"has shape {list(info.shape)} for"
+    copied = planned.operator == COPY.name
+    if info.dtype != planned.dtype if copied else info.dtype not in dtypes.MERGEABLE:
+        return f"has type {info.dtype} for"
+    return None

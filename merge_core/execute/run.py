@@ -1,0 +1,144 @@
+"""`run`: the weights of a plan's result, written beside the target, however often it is interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from merge_core.checkpoint import merkle
+from merge_core.checkpoint.manifest import LeafTable, Manifest
+from merge_core.checkpoint.reader import file_record, tensor_record
+from merge_core.checkpoint.writer import CheckpointWriter
+from merge_core.errors import Unmergeable
+from merge_core.execute.materials import Material, Materials
+from merge_core.execute.pool import INLINE, Pool, pool_of
+from merge_core.execute.work import Work
+from merge_core.journal import Finished, Journal
+from merge_core.plan import CHUNK_ELEMENTS, THREADS, MergePlan, TensorPlan
+from merge_core.trace import Trace
+
+Progress = Callable[[int], None]
+"""Called with the number of output bytes that are done since the last call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """What came out: the manifest (and so the ModelId), its leaves, and what had to be traced."""
+
+    manifest: Manifest
+    leaves: LeafTable
+    trace: Trace
+
+
+def run(
+    plan: MergePlan,
+    inputs: Sequence[Material],
+    target: Path,
+    *,
+    journal: Path,
+    threads: int = THREADS,
+    on_progress: Progress | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Merged:
+    """Write the weights of the output beside `target`; a run that was killed is taken up where it stopped.
+
+    `inputs` are the plan's, in order. Raises CorruptCheckpoint when one is not what its digest says,
+    Unmergeable when a tensor cannot be merged after all or would hold NaN or infinity, CannotWrite when the
+    disk fails.
+    """
+    materials = Materials(plan, inputs, chunk_elements=chunk_elements)
+    files = materials.files()
+    finished: dict[str, Finished] = {}
+    with (
+        CheckpointWriter.create(target, plan.layout) as writer,
+        Journal(journal, plan, fresh=not writer.resumed) as log,
+        pool_of(threads) as pool,
+    ):
+        production = _Production(plan, materials, writer, log.finished)
+        for tensor, made, fresh in production.make_all(pool):
+            if fresh:
+                log.add(tensor.name, made)
+            finished[tensor.name] = made
+            if on_progress:
+                on_progress(tensor.info.length)
+        trace = materials.trace(pool)
+    manifest = Manifest(
+        architecture=plan.result.architecture,
+        files=tuple(file_record(name, data) for name, data in files.items()),
+        tensors=tuple(tensor_record(t.name, t.info, list(finished[t.name].leaves)) for t in plan.tensors),
+    )
+    leaves = LeafTable({name: item.leaves for name, item in finished.items()})
+    return Merged(manifest=manifest, leaves=leaves, trace=trace)
+
+
+class _Production:
+    """The tensors of the result on their way into a writer, or found there from an earlier run."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        materials: Materials,
+        writer: CheckpointWriter,
+        earlier: Mapping[str, Finished],
+    ) -> None:
+        self._plan = plan
+        self._step = len(plan.steps) - 1
+        self._materials = materials
+        self._writer = writer
+        self._earlier = earlier
+
+    def make_all(self, pool: Pool) -> Iterator[tuple[TensorPlan, Finished, bool]]:
+        """Every tensor in the plan's order, with whether it was made just now.
+
+        The threads share the pieces of a tensor that has several, and take turns at those that have one.
+        """
+        for small, run in groupby(self._plan.tensors, key=_is_small):
+            tensors = list(run)
+            if small:
+                for tensor, (made, fresh) in zip(tensors, self._small(tensors, pool), strict=True):
+                    yield tensor, made, fresh
+            else:
+                for tensor in tensors:
+                    yield tensor, *self._make(tensor, pool)
+
+    def _small(self, tensors: Sequence[TensorPlan], pool: Pool) -> Iterator[tuple[Finished, bool]]:
+        return pool.ordered(lambda index: self._make(tensors[index], INLINE), len(tensors))
+
+    def _make(self, tensor: TensorPlan, pool: Pool) -> tuple[Finished, bool]:
+        work = self._materials.work(self._step, tensor.name)
+        claimed = self._earlier.get(tensor.name)
+        if claimed is not None and work.check(claimed.leaves, self._load(tensor.name), pool):
+            self._materials.measured(self._step, tensor.name, pool, known=claimed.traced)
+            return claimed, False
+        traced = self._materials.measured(self._step, tensor.name, pool)
+        digests = work.digests(traced, pool, store=self._store(work))
+        return Finished(leaves=tuple(d for piece in digests for d in piece), traced=traced), True
+
+    def _load(self, name: str) -> Callable[[int, int], bytes]:
+        return lambda offset, length: self._writer.read(name, offset, length)
+
+    def _store(self, work: Work) -> Callable[[int, memoryview, bool], None]:
+        """Write a piece; raises Unmergeable rather than write NaN or infinity."""
+
+        def store(piece: int, data: memoryview, sound: bool) -> None:
+            if not sound:
+                raise self._not_finite(work, piece)
+            self._writer.write(work.tensor.name, piece * work.leaves_per_piece * merkle.LEAF_SIZE, data)
+
+        return store
+
+    def _not_finite(self, work: Work, piece: int) -> Unmergeable:
+        index = work.damaged(piece)
+        why = f"{work.tensor.name} would hold NaN or infinity"
+        if index is None:
+            return Unmergeable(why, hint="give the models less weight, or dtype: bfloat16, which holds more")
+        operand = work.tensor.operands[index]
+        step = operand.source - len(self._plan.inputs)
+        whose = f"step {step}" if step >= 0 else str(self._plan.inputs[operand.source])
+        return Unmergeable(why, hint=f"leave out {whose}, whose {operand.tensor} does already")
+
+
+def _is_small(tensor: TensorPlan) -> bool:
+    return tensor.info.length <= merkle.LEAF_SIZE

@@ -1,0 +1,205 @@
+"""Work: one tensor of a plan, measured and computed in pieces of whole leaves.
+
+A piece is read into memory that its thread uses again, widened and computed block by block (a block and its
+operands fit the cache), and narrowed into the output. Where an operator wants whole rows a piece reads as
+much further as its first and last row reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge_core.checkpoint import dtypes, merkle
+from merge_core.checkpoint.finite import finite
+from merge_core.checkpoint.source import TensorSource
+from merge_core.errors import CorruptCheckpoint, Unmergeable
+from merge_core.execute.pool import Pool
+from merge_core.operators import COPY, convert, find
+from merge_core.operators.base import Array, Chunk, Traced
+from merge_core.operators.scratch import scratch
+from merge_core.plan import CHUNK_ELEMENTS, TensorPlan
+
+T = TypeVar("T")
+
+_BLOCK_ELEMENTS = 1 << 15
+
+
+class Work:
+    """One tensor of a plan; it is the Stream that its operator measures.
+
+    `sources` and `keys` belong to the operands, `depth` tells apart works that compute inside each other.
+    """
+
+    def __init__(
+        self,
+        tensor: TensorPlan,
+        sources: Sequence[TensorSource],
+        *,
+        keys: Sequence[int],
+        depth: int = 0,
+        chunk_elements: int = CHUNK_ELEMENTS,
+    ) -> None:
+        if chunk_elements < CHUNK_ELEMENTS or chunk_elements % CHUNK_ELEMENTS:
+            raise ValueError(f"a chunk is a multiple of {CHUNK_ELEMENTS} elements")
+        self.tensor = tensor
+        self.leaves = merkle.leaf_count(tensor.info.length)
+        self._size = dtypes.SIZES[tensor.dtype]
+        self.length = tensor.info.length // self._size
+        self._operator = find(tensor.operator)
+        self._copied = self._operator is COPY
+        self._operands = [
+            (operand.tensor, source, source.tensors[operand.tensor].dtype)
+            for operand, source in zip(tensor.operands, sources, strict=True)
+        ]
+        self._keys = tuple(keys)
+        self._depth = depth
+        self._row = max(1, tensor.shape[-1] if len(tensor.shape) > 1 else self.length)
+        self._chunk = chunk_elements
+        self.leaves_per_piece = 1 if self._copied else chunk_elements * self._size // merkle.LEAF_SIZE
+        self.pieces = -(-self.leaves // self.leaves_per_piece)
+
+    # -- measuring -----------------------------------------------------------------------------------
+
+    def measure(self, pool: Pool) -> Traced:
+        """What the operator must know of the whole tensor; empty where that is nothing."""
+        if self._operator.measure is None:
+            return {}
+        try:
+            return self._operator.measure(_Stream(self, pool), self.tensor.parameters)
+        except Unmergeable as error:
+            raise Unmergeable(f"{self.tensor.name}: {error.why}", hint=error.hint) from error
+
+    def chunk(self, piece: int) -> Chunk:
+        """A piece of every operand as float32."""
+        start, stop = self._span(piece)
+        arrays = []
+        for index, (data, dtype) in enumerate(self._read(start, stop)):
+            out = scratch(f"float32 {self._depth}.{index}", stop - start, np.float32)
+            arrays.append(convert.widen(data, dtype, out))
+        return Chunk(arrays=tuple(arrays), start=start, row=self._row, keys=self._keys)
+
+    # -- computing -----------------------------------------------------------------------------------
+
+    def piece_bytes(self, piece: int) -> int:
+        """How long a piece of the output is."""
+        start = piece * self.leaves_per_piece * merkle.LEAF_SIZE
+        return min(self.leaves_per_piece * merkle.LEAF_SIZE, self.tensor.info.length - start)
+
+    def compute(self, piece: int, traced: Traced, out: memoryview) -> bool:
+        """Write one piece of the output into `out`; whether all of it is finite."""
+        if self._copied:
+            (name, source, _), *_ = self._operands
+            data = source.read(name, piece, 1, into=out)
+            return finite(data, self.tensor.dtype)
+        start, stop = self._span(piece)
+        first = piece * self._chunk
+        end = min(first + self._chunk, self.length)
+        raw = self._read(start, stop)
+        stored = convert.elements(out, self.tensor.dtype)
+        block = max(_BLOCK_ELEMENTS // self._row, 1) * self._row if self._operator.rows else _BLOCK_ELEMENTS
+        sound = True
+        for at in range(start, stop, block):
+            until = min(at + block, stop)
+            values = self._apply(raw, at - start, until - start, start, traced)
+            low, high = max(at, first), min(until, end)
+            if low < high:
+                target = stored[low - first : high - first]
+                sound &= convert.narrow(values[low - at : high - at], self.tensor.dtype, target)
+        return sound
+
+    def digests(
+        self, traced: Traced, pool: Pool, store: Callable[[int, memoryview, bool], None] | None = None
+    ) -> Iterator[list[bytes]]:
+        """The leaf digests of the output, piece by piece; `store` gets (piece, data, whether it is finite)."""
+
+        def produce(piece: int) -> list[bytes]:
+            out = scratch(f"output {self._depth}", self.piece_bytes(piece), np.uint8).data
+            sound = self.compute(piece, traced, out)
+            if store:
+                store(piece, out, sound)
+            return leaf_digests(out)
+
+        return pool.ordered(produce, self.pieces)
+
+    def damaged(self, piece: int) -> int | None:
+        """The operand with NaN or infinity in a piece; None where all hold numbers."""
+        if self._copied:
+            (name, source, _), *_ = self._operands
+            return None if finite(source.read(name, piece, 1), self.tensor.dtype) else 0
+        arrays = enumerate(self.chunk(piece).arrays)
+        return next((index for index, elements in arrays if not np.isfinite(elements).all()), None)
+
+    def check(self, claimed: Sequence[bytes], load: Callable[[int, int], bytes], pool: Pool) -> bool:
+        """Whether the bytes that `load(offset, length)` gives have the claimed leaf digests."""
+
+        def holds(index: int) -> bool:
+            size = merkle.leaf_size(self.tensor.info.length, index)
+            return merkle.leaf_digest(load(index * merkle.LEAF_SIZE, size)) == claimed[index]
+
+        return all(pool.ordered(holds, self.leaves))
+
+    # -- the pieces of both --------------------------------------------------------------------------
+
+    def _apply(
+        self, raw: Sequence[tuple[NDArray[Any], str]], low: int, high: int, start: int, traced: Traced
+    ) -> Array:
+        """The output from element `low` of a piece to `high`, as float32; `start` is where the piece begins."""
+        arrays = []
+        for index, (data, dtype) in enumerate(raw):
+            out = scratch(f"block {self._depth}.{index}", high - low, np.float32)
+            arrays.append(convert.widen(data[low:high], dtype, out))
+        chunk = Chunk(arrays=tuple(arrays), start=start + low, row=self._row, keys=self._keys)
+        if self._operator.compiled is None:
+            values: Array = self._operator.apply(chunk, self.tensor.parameters, traced).contiguous().numpy()
+            return values
+        out = scratch(f"result {self._depth}", high - low, np.float32)
+        self._operator.compiled(chunk, self.tensor.parameters, traced, out)
+        return out
+
+    def _span(self, piece: int) -> tuple[int, int]:
+        """The elements that a piece needs: its own, and the rest of the rows at its ends if rows matter."""
+        start = piece * self._chunk
+        stop = min(start + self._chunk, self.length)
+        if not self._operator.rows:
+            return start, stop
+        return start // self._row * self._row, -(-stop // self._row) * self._row
+
+    def _read(self, start: int, stop: int) -> list[tuple[NDArray[Any], str]]:
+        """Elements of every operand as they are stored, in memory of this thread, with their type."""
+        found = []
+        for index, (name, source, dtype) in enumerate(self._operands):
+            size = dtypes.SIZES[dtype]
+            begin, end = start * size, stop * size
+            first = begin // merkle.LEAF_SIZE
+            count = max(1, -(-end // merkle.LEAF_SIZE) - first)
+            into = scratch(f"raw {self._depth}.{index}", count * merkle.LEAF_SIZE, np.uint8).data
+            data = source.read(name, first, count, into=into)
+            skip = begin - first * merkle.LEAF_SIZE
+            if len(data) < skip + end - begin:
+                raise CorruptCheckpoint(f"{name}: {len(data)} bytes where {skip + end - begin} belong")
+            found.append((convert.elements(data[skip : skip + end - begin], dtype), dtype))
+        return found
+
+
+class _Stream:
+    """A Work as its operator sees it while measuring."""
+
+    def __init__(self, work: Work, pool: Pool) -> None:
+        self.length = work.length
+        self._work = work
+        self._pool = pool
+
+    def map(self, function: Callable[[Chunk], T]) -> Iterator[T]:
+        """Pass over the operands, chunk by chunk, in index order."""
+        return self._pool.ordered(lambda piece: function(self._work.chunk(piece)), self._work.pieces)
+
+
+def leaf_digests(data: memoryview) -> list[bytes]:
+    """The digests of the leaves that `data`, whole leaves but for the last, consists of."""
+    return [
+        merkle.leaf_digest(data[i : i + merkle.LEAF_SIZE]) for i in range(0, len(data) or 1, merkle.LEAF_SIZE)
+    ]
