@@ -70,7 +70,10 @@ def output_files(step: Step, donor_files: Mapping[str, bytes]) -> dict[str, byte
 
 
 def _config(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
-    """The known keys with plain values, as the step changes them; its type under the keys that the donor uses, else as `torch_dtype`."""
+    """The known keys with plain values, as the step changes them.
+
+    Its element type stands under the keys that the donor uses, else under `torch_dtype`.
+    """
     changed = {**config, **step.config}
     kept = {key: value for key, value in changed.items() if key in CONFIG_KEYS and _plain(value)}
     named = next((name for name, short in DTYPES.items() if short == step.dtype), "float64")

@@ -9,7 +9,7 @@ over the same models get the same plan, and the same result. `MergePlan.parse(pl
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -143,13 +143,20 @@ class MergePlan:
         """The names of the operators of all steps, sorted, without what only copies tensors."""
         return tuple(sorted({t.operator for step in self.steps for t in step.tensors} - {COPY.name}))
 
-    def roots(self, source: int) -> frozenset[int]:
-        """The inputs that one of `source` was made from: itself, or what the step's tensors take."""
-        step = source - len(self.inputs)
-        if step < 0:
-            return frozenset({source})
-        taken = {o.source for tensor in self.steps[step].tensors for o in tensor.operands}
-        return frozenset().union(*map(self.roots, taken))
+    @cached_property
+    def origins(self) -> Mapping[str, tuple[int, ...]]:
+        """The inputs that each tensor of the result is made of, through all steps, in the order of use."""
+        made: list[dict[str, tuple[int, ...]]] = []
+        for step in self.steps:
+            made.append({tensor.name: self._taken(tensor, made) for tensor in step.tensors})
+        return made[-1]
+
+    def _taken(self, tensor: TensorPlan, made: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, ...]:
+        taken: dict[int, None] = {}
+        for operand in tensor.operands:
+            step = operand.source - len(self.inputs)
+            taken |= dict.fromkeys((operand.source,) if step < 0 else made[step][operand.tensor])
+        return tuple(taken)
 
     @cached_property
     def digest(self) -> Digest:
@@ -218,14 +225,14 @@ def _plan(value: Any) -> MergePlan:
         raise ValueError("the list of steps")
     if sum(len(step["tensors"]) for step in steps) > MAX_TENSORS:
         raise ValueError(f"more than {MAX_TENSORS} tensors")
-    return MergePlan(
-        inputs=tuple(ModelId(item) for item in inputs),
-        steps=tuple(_step(step, len(inputs) + earlier) for earlier, step in enumerate(steps)),
-    )
+    made: list[Step] = []
+    for step in steps:
+        made.append(_step(step, len(inputs), made))
+    return MergePlan(inputs=tuple(ModelId(item) for item in inputs), steps=tuple(made))
 
 
-def _step(value: Any, sources: int) -> Step:
-    """A step that may take from `sources` models."""
+def _step(value: Any, inputs: int, earlier: Sequence[Step]) -> Step:
+    """A step that may take from so many inputs and from the steps before it."""
     _keys(value, {"base", "donor", "architecture", "tensors"}, {"config", "chatTemplate"})
     architecture, template = value["architecture"], value.get("chatTemplate")
     if not isinstance(architecture, str) or not 0 < len(architecture) <= 128:
@@ -234,10 +241,14 @@ def _step(value: Any, sources: int) -> Step:
         raise ValueError("the chat template")
     if not isinstance(value["tensors"], list) or not value["tensors"]:
         raise ValueError("the list of tensors")
+    sources = inputs + len(earlier)
     base = None if value["base"] is None else _index(value["base"], sources)
     tensors = tuple(_tensor(item, sources, base) for item in value["tensors"])
     if any(a.name >= b.name for a, b in pairwise(tensors)):
         raise ValueError("the tensors are not sorted by name, or one is repeated")
+    for operand in (operand for tensor in tensors for operand in tensor.operands):
+        if operand.source >= inputs and operand.tensor not in earlier[operand.source - inputs].layout:
+            raise ValueError(f"step {operand.source - inputs} makes no {operand.tensor}")
     return Step(
         base=base,
         donor=_index(value["donor"], sources),

@@ -29,7 +29,7 @@ import yaml
 
 from merge_core import plain_yaml
 from merge_core.errors import InvalidRecipe
-from merge_core.operators import METHODS
+from merge_core.operators import find, names
 from merge_core.operators.base import Operator, Parameter, Value
 
 MAX_RECIPE = 1 << 20
@@ -96,7 +96,7 @@ class Recipe:
     @property
     def operator(self) -> Operator:
         """The declaration of the method."""
-        return METHODS[self.method]
+        return find(self.method)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -222,13 +222,13 @@ class _Reader:
         return replace(recipe, tokenizer=self._tokenizer(value.get("tokenizer_source"), recipe))
 
     def _operator(self, method: Any) -> Operator | None:
-        if isinstance(method, str) and method in METHODS:
-            return METHODS[method]
-        known = ", ".join(sorted(METHODS))
+        known = names()
+        if isinstance(method, str) and method in known:
+            return find(method)
         if method is None:
-            self._faults.add(f"merge_method is missing; it is one of: {known}")
+            self._faults.add(f"merge_method is missing; it is one of: {', '.join(known)}")
         else:
-            self._faults.add(f"merge_method {str(method)[:80]}: not supported; it is one of: {known}")
+            self._faults.add(f"merge_method {str(method)[:80]}: not supported; it is one of: {', '.join(known)}")
         return None
 
     def _reference(self, where: str, value: Any) -> str | None:

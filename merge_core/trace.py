@@ -33,6 +33,10 @@ class Trace:
         """The values of one tensor: empty where it needed none."""
         return self.steps[step].get(tensor, {})
 
+    def __len__(self) -> int:
+        """How many tensors have values."""
+        return sum(map(len, self.steps))
+
     @cached_property
     def digest(self) -> Digest:
         """The digest of the canonical bytes."""

@@ -114,7 +114,7 @@ class Work:
     def digests(
         self, traced: Traced, pool: Pool, store: Callable[[int, memoryview, bool], None] | None = None
     ) -> Iterator[list[bytes]]:
-        """The leaf digests of the output, piece by piece; `store` gets (piece, data, whether it is finite)."""
+        """The leaf digests of the output, piece by piece; `store` gets (piece, data, is it finite)."""
 
         def produce(piece: int) -> list[bytes]:
             out = scratch(f"output {self._depth}", self.piece_bytes(piece), np.uint8).data
@@ -147,7 +147,7 @@ class Work:
     def _apply(
         self, raw: Sequence[tuple[NDArray[Any], str]], low: int, high: int, start: int, traced: Traced
     ) -> Array:
-        """The output from element `low` of a piece to `high`, as float32; `start` is where the piece begins."""
+        """The output from element `low` of a piece to `high` as float32; the piece begins at `start`."""
         arrays = []
         for index, (data, dtype) in enumerate(raw):
             out = scratch(f"block {self._depth}.{index}", high - low, np.float32)

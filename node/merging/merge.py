@@ -17,6 +17,7 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from merge_core.checkpoint.reader import read_functional
 from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import ModelId
 from merge_core.errors import CannotWrite, MergeCoreError, Unmergeable
-from merge_core.functional import output_files
-from merge_core.plan import Estimate, MergePlan, draft
+from merge_core.functional import result_files
+from merge_core.plan import MergePlan
 from merge_core.recipe import Recipe
+from merge_core.resolve import Estimate, draft
 from merge_core.trace import Trace
 from node.domain.job import JobState
 from node.domain.negotiation import Purpose
@@ -136,8 +138,9 @@ class Merging:
         """Add what belongs beside the weights, sign and rename; up to the rename it can be done again."""
         merged = _read_back(planned, obtained, made)
         texts = card.files(planned.recipe, planned.plan, planned.parents, merged.manifest.model_id)
-        donor = obtained.parents[planned.plan.inputs[planned.plan.donor]]
-        functional = output_files(planned.plan, read_functional(donor.directory, donor.manifest))
+        inputs = [obtained.parents[model_id] for model_id in planned.plan.inputs]
+        files = [partial(read_functional, parent.directory, parent.manifest) for parent in inputs]
+        functional = result_files(planned.plan, files)
         with CheckpointWriter.create(target, planned.plan.layout) as writer:
             if not writer.resumed:
                 writer.discard()

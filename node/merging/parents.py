@@ -14,7 +14,8 @@ from typing import Protocol
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint
 from merge_core.digest import Digest, ModelId
-from merge_core.plan import MergePlan, ModelHeader, header_of
+from merge_core.plan import MergePlan
+from merge_core.resolve import ModelHeader, header_of
 from node.catalog import licences
 from node.catalog.hashes import HashCache
 from node.domain.ids import PeerId

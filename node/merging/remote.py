@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from merge_core.checkpoint.manifest import Manifest
-from merge_core.plan import MergePlan, header_of_manifest
+from merge_core.plan import MergePlan
+from merge_core.resolve import header_of_manifest
 from node.catalog import licences
 from node.catalog.book import Query
 from node.catalog.expert import Expert

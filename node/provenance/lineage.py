@@ -197,7 +197,7 @@ def _said(directory: Path, found: Survey) -> _Said:
             origin=Origin.UNSIGNED,
             publisher=key_id,
             parents=parents_of(plan, terms),
-            operators=tuple(sorted({tensor.operator for tensor in plan.tensors})),
+            operators=plan.operators,
         )
     return _Said(origin=Origin.PUBLISHED, publisher=key_id)
 

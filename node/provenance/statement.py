@@ -145,7 +145,7 @@ def origins(plan: MergePlan, manifest: Manifest) -> tuple[TensorOrigin, ...]:
     if planned != [(t.name, t.dtype, t.shape) for t in manifest.tensors]:
         raise VerificationFailed("the plan makes other tensors than the manifest lists")
     return tuple(
-        TensorOrigin(name=t.name, root=made.root, operator=t.operator, parents=t.inputs)
+        TensorOrigin(name=t.name, root=made.root, operator=t.operator, parents=plan.origins[t.name])
         for t, made in zip(plan.tensors, manifest.tensors, strict=True)
     )
 

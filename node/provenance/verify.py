@@ -192,7 +192,7 @@ def _unsigned_trace(checkpoint: Checkpoint, plan: MergePlan | None) -> tuple[Non
     if plan is None:
         raise VerificationFailed("not checked: the plan does not hold")
     data = read_record(checkpoint.path, checkpoint.survey, TRACE_FILE, MAX_TRACE)
-    return None, f"values for {len(Trace.parse(plan, data).tensors)} tensors"
+    return None, f"values for {len(Trace.parse(plan, data))} tensors"
 
 
 def _only_known(checkpoint: Checkpoint) -> tuple[None, str]:
@@ -212,14 +212,13 @@ def _recipe(checkpoint: Checkpoint, plan: MergePlan | None) -> tuple[None, str]:
     data = read_record(checkpoint.path, checkpoint.survey, RECIPE_FILE, MAX_RECIPE)
     recipe = recipes.parse(data.decode("utf-8", "replace"))
     base = None if plan.base is None else plan.inputs[plan.base]
-    operators = {tensor.operator for tensor in plan.tensors} - {"passthrough"}
-    if recipe.models != plan.inputs or recipe.base != base or not operators <= {recipe.method}:
+    if recipe.models != plan.inputs or recipe.base != base or not {*plan.operators} <= {recipe.method}:
         raise VerificationFailed(f"{RECIPE_FILE} tells of another merge than the plan")
     return None, f"{RECIPE_FILE} names the operator and the parents of the plan"
 
 
 def _operators(plan: MergePlan) -> str:
-    return ", ".join(sorted({tensor.operator for tensor in plan.tensors}))
+    return ", ".join(plan.operators) or "copy"
 
 
 def _publisher(checkpoint: Checkpoint) -> tuple[Binding, str]:
@@ -329,8 +328,8 @@ def _plan(
         raise VerificationFailed("the plan merges other parents than the provenance states")
     if manifest is None:
         raise VerificationFailed("not checked: the manifest does not hold")
-    if plan.architecture != manifest.architecture:
-        raise VerificationFailed(f"the plan makes a {plan.architecture}")
+    if plan.result.architecture != manifest.architecture:
+        raise VerificationFailed(f"the plan makes a {plan.result.architecture}")
     if origins(plan, manifest) != statement.tensors:
         raise VerificationFailed("the provenance names other tensors, operators or parents than the plan")
     return plan, f"{plan.digest}: {_operators(plan)} over {len(plan.inputs)} models"
@@ -341,7 +340,7 @@ def _trace(checkpoint: Checkpoint, statement: MergeProvenance, plan: MergePlan |
     if plan is None:
         raise VerificationFailed("not checked: the plan does not hold")
     trace = Trace.parse(plan, data)
-    return None, f"{trace.digest}: values for {len(trace.tensors)} tensors"
+    return None, f"{trace.digest}: values for {len(trace)} tensors"
 
 
 def _agreements(checkpoint: Checkpoint, statement: MergeProvenance) -> tuple[None, str]:

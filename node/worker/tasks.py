@@ -20,8 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_core import files
 from merge_core.checkpoint import merkle
@@ -32,6 +33,9 @@ from merge_core.errors import CorruptCheckpoint
 from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
 from node.worker.messages import Emit
+
+if TYPE_CHECKING:
+    from merge_core.execute import Material
 
 _MAX_LISTED = 1_000
 
@@ -90,11 +94,10 @@ def merge(request: Request, emit: Emit) -> Result:
     from merge_core import execute
 
     plan = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN))
-    with _inputs(plan, request["inputs"]) as (sources, donor_files):
+    with _inputs(plan, request["inputs"]) as inputs:
         merged = execute.run(
             plan,
-            sources,
-            donor_files,
+            inputs,
             Path(request["target"]),
             journal=Path(request["journal"]),
             on_progress=_counter(emit, "merge", plan.output_bytes),
@@ -117,12 +120,11 @@ def audit(request: Request, emit: Emit) -> Result:
     plan = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN))
     trace = Trace.parse(plan, read_bounded(Path(request["trace"]), MAX_TRACE))
     manifest, leaves = _claims(request)
-    with _inputs(plan, request["inputs"]) as (sources, donor_files):
+    with _inputs(plan, request["inputs"]) as inputs:
         report = execute.audit(
             plan,
             trace,
-            sources,
-            donor_files,
+            inputs,
             manifest,
             leaves,
             on_progress=_counter(emit, "audit", plan.output_bytes),
@@ -137,13 +139,10 @@ def audit(request: Request, emit: Emit) -> Result:
 
 
 @contextmanager
-def _inputs(
-    plan: MergePlan, described: Sequence[Request]
-) -> Iterator[tuple[list[VerifiedSource], dict[str, bytes]]]:
-    """The plan's inputs as verified sources, and the functional files of its donor.
+def _inputs(plan: MergePlan, described: Sequence[Request]) -> Iterator[list[Material]]:
+    """The plan's inputs; raises CorruptCheckpoint where one, or a file of it, is not what the plan names."""
+    from merge_core.execute import Material
 
-    Raises CorruptCheckpoint where an input, or a file of the donor, is not what the plan names.
-    """
     if len(described) != len(plan.inputs):
         raise CorruptCheckpoint(f"{len(described)} inputs for a plan of {len(plan.inputs)}")
     with ExitStack() as stack:
@@ -151,9 +150,10 @@ def _inputs(
         for wanted, (manifest, _) in zip(plan.inputs, opened, strict=True):
             if manifest.model_id != wanted:
                 raise CorruptCheckpoint(f"the plan names {wanted}; its input is {manifest.model_id}")
-        manifest, _ = opened[plan.donor]
-        donor_files = read_functional(Path(described[plan.donor]["directory"]), manifest)
-        yield [source for _, source in opened], donor_files
+        yield [
+            Material(tensors=source, files=partial(read_functional, Path(item["directory"]), manifest))
+            for item, (manifest, source) in zip(described, opened, strict=True)
+        ]
 
 
 @contextmanager
