@@ -228,7 +228,9 @@ class _Reader:
         if method is None:
             self._faults.add(f"merge_method is missing; it is one of: {', '.join(known)}")
         else:
-            self._faults.add(f"merge_method {str(method)[:80]}: not supported; it is one of: {', '.join(known)}")
+            self._faults.add(
+                f"merge_method {str(method)[:80]}: not supported; it is one of: {', '.join(known)}"
+            )
         return None
 
     def _reference(self, where: str, value: Any) -> str | None:

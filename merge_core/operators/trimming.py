@@ -1,8 +1,8 @@
 """The exact k-th largest magnitude of a tensor, without a sort and in the memory of a chunk.
 
 Magnitudes are float32, whose bit patterns order as they do: a histogram of the upper 16 bits, one of the
-lower 16 within the bin of the cut, and, only if the cut falls among ties, a pass to locate it. Where several tie at
-the threshold the lowest indices are taken. What comes out is a Cut: two integers that belong in the Trace.
+lower 16 within the bin of the cut, and, only if the cut falls among ties, a pass to locate it. Where several
+tie at the threshold the lowest indices are taken. What comes out is a Cut: two integers for the Trace.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.digest import ModelId
 from merge_core.evaluation import verdicts
 from merge_core.functional import output_files
-from merge_core.plan import MergePlan, ModelHeader, draft, header_of
+from merge_core.plan import MergePlan
+from merge_core.resolve import ModelHeader, draft, header_of
 from node.worker import process
 
 BOOTSTRAP_SEED = 20_240_917
@@ -78,7 +79,7 @@ async def merge(base: Path, experts: Mapping[str, Path], target: Path, work: Pat
     plan, request, donor = prepare({"base": base, **experts}, target, work)
     result = await process.run("merge", request, on_event=lambda _: None)
     with Checkpoint.open(donor) as checkpoint:
-        files = output_files(plan, checkpoint.functional_files())
+        files = output_files(plan.result, checkpoint.functional_files())
     with CheckpointWriter.create(target, plan.layout) as writer:
         for name, data in files.items():
             writer.add_file(name, data)
@@ -116,7 +117,7 @@ def prepare(models: Mapping[str, Path], target: Path, work: Path) -> tuple[Merge
     ]
     places = {"plan": work / "plan", "target": target, "journal": work / "journal", "output": work}
     request = {**{name: str(path) for name, path in places.items()}, "inputs": inputs}
-    return plan, request, models[drafted.models[plan.donor]]
+    return plan, request, models[drafted.models[plan.result.donor]]
 
 
 def judge(seed: int, models: Mapping[str, Path]) -> Judged:

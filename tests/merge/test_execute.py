@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_core import execute
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import LeafTable
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
-from merge_core.checkpoint.source import TensorInfo, TensorSource
+from merge_core.checkpoint.reader import Checkpoint, Measured, VerifiedSource, measure, tensor_record
+from merge_core.checkpoint.source import TensorInfo
 from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import sha256
 from merge_core.errors import CorruptCheckpoint, Unmergeable
-from merge_core.execute import Merged, audit, leaf, run
-from merge_core.functional import output_files
-from merge_core.plan import CHUNK_ELEMENTS, MergePlan, draft, header_of
+from merge_core.execute import Material, Merged, audit, leaf, run, trace
+from merge_core.execute.work import Work
+from merge_core.functional import result_files
+from merge_core.plan import CHUNK_ELEMENTS, MergePlan
 from merge_core.recipe import parse
+from merge_core.resolve import draft, header_of
 from merge_core.trace import Trace
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "merges.json"
@@ -57,16 +58,15 @@ class World:
     """Three models on disk, opened and verified, in the plan's order."""
 
     plan: MergePlan
-    sources: Sequence[TensorSource]
-    donor_files: Mapping[str, bytes]
+    inputs: Sequence[Material]
 
     def run(self, target: Path, **options: object) -> Merged:
         journal = target.with_suffix(".journal")
-        return run(self.plan, self.sources, self.donor_files, target, journal=journal, **options)  # type: ignore[arg-type]
+        return run(self.plan, self.inputs, target, journal=journal, **options)  # type: ignore[arg-type]
 
     def finish(self, target: Path) -> Path:
         with CheckpointWriter.create(target, self.plan.layout) as writer:
-            for name, data in output_files(self.plan, self.donor_files).items():
+            for name, data in result_files(self.plan, [material.files for material in self.inputs]).items():
                 writer.add_file(name, data)
             return writer.commit()
 
@@ -81,6 +81,10 @@ def shapes(long: int) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (1,),
         "model.nothing.weight": (0, 8),
     }
+
+
+def material(checkpoint: Checkpoint, measured: Measured) -> Material:
+    return Material(tensors=VerifiedSource(checkpoint, measured.leaves), files=checkpoint.functional_files)
 
 
 @pytest.fixture
@@ -104,8 +108,7 @@ def world(save: Callable[..., Path], weights: Callable[..., torch.Tensor], tmp_p
             drafted = draft(recipe, {m: header_of(c) for m, c in opened.items()})
             return World(
                 plan=drafted.seal({m: x.manifest.model_id for m, x in measured.items()}),
-                sources=[VerifiedSource(opened[m], measured[m].leaves) for m in recipe.models],
-                donor_files=opened[recipe.donor].functional_files(),
+                inputs=[material(opened[m], measured[m]) for m in recipe.models],
             )
 
         yield build
@@ -212,13 +215,13 @@ def test_a_resumed_run_computes_only_what_is_missing(
     with pytest.raises(KilledError):
         built.run(tmp_path / "out", on_progress=kill_after(5))
     produced: list[str] = []
-    produce = execute._produce
+    digests = Work.digests
 
-    def counting(plan: MergePlan, writer: CheckpointWriter, work: execute._Work) -> object:
+    def counting(work: Work, *arguments: object, **options: object) -> object:
         produced.append(work.tensor.name)
-        return produce(plan, writer, work)
+        return digests(work, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(execute, "_produce", counting)
+    monkeypatch.setattr(Work, "digests", counting)
     built.run(tmp_path / "out")
     assert produced == [t.name for t in built.plan.tensors[5:]]
 
@@ -239,10 +242,10 @@ def test_any_leaf_can_be_computed_alone(method: str, world: Callable[..., World]
     trace = Trace.parse(built.plan, merged.trace.to_bytes())
     for record in merged.manifest.tensors:
         for index in range(record.leaf_count):
-            data = leaf(built.plan, trace, built.sources, record.name, index)
+            data = leaf(built.plan, trace, built.inputs, record.name, index)
             assert merkle.leaf_digest(data) == merged.leaves[record.name][index]
     with pytest.raises(ValueError, match=r"leaf 9 of model\.norm\.weight"):
-        leaf(built.plan, trace, built.sources, "model.norm.weight", 9)
+        leaf(built.plan, trace, built.inputs, "model.norm.weight", 9)
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -253,8 +256,7 @@ def test_an_honest_merge_passes_its_audit(method: str, world: Callable[..., Worl
     report = audit(
         built.plan,
         merged.trace,
-        built.sources,
-        built.donor_files,
+        built.inputs,
         merged.manifest,
         merged.leaves,
         on_progress=seen.append,
@@ -271,7 +273,7 @@ def forged(merged: Merged, tensor: str, index: int) -> Merged:
     tensors = tuple(
         replace(
             t,
-            root=execute.tensor_record(t.name, TensorInfo(dtype=t.dtype, shape=t.shape), leaves[t.name]).root,
+            root=tensor_record(t.name, TensorInfo(dtype=t.dtype, shape=t.shape), leaves[t.name]).root,
         )
         for t in merged.manifest.tensors
     )
@@ -284,7 +286,7 @@ def test_an_audit_finds_the_one_leaf_that_was_changed(world: Callable[..., World
     merged = built.run(tmp_path / "out")
     for index in range(3):
         lie = forged(merged, "lm_head.weight", index)
-        report = audit(built.plan, lie.trace, built.sources, built.donor_files, lie.manifest, lie.leaves)
+        report = audit(built.plan, lie.trace, built.inputs, lie.manifest, lie.leaves)
         assert report.failed == (("lm_head.weight", index),)
         assert report.trace_ok
         assert report.files_ok
@@ -297,16 +299,15 @@ def test_an_audit_finds_a_false_trace(method: str, world: Callable[..., World], 
     name = "model.layers.0.mlp.up_proj.weight"
     nudged = {
         key: tuple(v + 1 if isinstance(v, int) else v * 1.001 for v in values)
-        for key, values in merged.trace[name].items()
+        for key, values in trace(built.plan, built.inputs, name).items()
     }
-    false = Trace(tensors={**merged.trace.tensors, name: nudged})
-    report = audit(built.plan, false, built.sources, built.donor_files, merged.manifest, merged.leaves)
+    (values,) = merged.trace.steps
+    false = Trace(steps=({**values, name: nudged},))
+    report = audit(built.plan, false, built.inputs, merged.manifest, merged.leaves)
     assert not report.trace_ok
     assert report.failed == ((name, 0),)
-    none = Trace(tensors={k: v for k, v in merged.trace.tensors.items() if k != name})
-    assert not audit(
-        built.plan, none, built.sources, built.donor_files, merged.manifest, merged.leaves
-    ).trace_ok
+    none = Trace(steps=({k: v for k, v in values.items() if k != name},))
+    assert not audit(built.plan, none, built.inputs, merged.manifest, merged.leaves).trace_ok
 
 
 def test_an_audit_allows_a_trace_the_last_bits_of_libm(world: Callable[..., World], tmp_path: Path) -> None:
@@ -314,11 +315,9 @@ def test_an_audit_allows_a_trace_the_last_bits_of_libm(world: Callable[..., Worl
     merged = built.run(tmp_path / "out")
     nudged = {
         name: {"factors": tuple(float(np.nextafter(np.float32(v), np.float32(2))) for v in traced["factors"])}
-        for name, traced in merged.trace.tensors.items()
+        for name, traced in merged.trace.steps[0].items()
     }
-    report = audit(
-        built.plan, Trace(tensors=nudged), built.sources, built.donor_files, merged.manifest, merged.leaves
-    )
+    report = audit(built.plan, Trace(steps=(nudged,)), built.inputs, merged.manifest, merged.leaves)
     assert report.trace_ok
     # Applied exactly: the other factors may give other bytes, and those are not what was claimed.
     assert {name for name, _ in report.failed} <= set(nudged)
@@ -327,12 +326,13 @@ def test_an_audit_allows_a_trace_the_last_bits_of_libm(world: Callable[..., Worl
 def test_an_audit_finds_foreign_files_and_tensors(world: Callable[..., World], tmp_path: Path) -> None:
     built = world("linear", 4000)
     merged = built.run(tmp_path / "out")
-    other = {**built.donor_files, "tokenizer.json": b"{}"}
-    report = audit(built.plan, merged.trace, built.sources, other, merged.manifest, merged.leaves)
+    donor, *rest = built.inputs
+    other = replace(donor, files=lambda: {**donor.files(), "tokenizer.json": b"{}"})
+    report = audit(built.plan, merged.trace, [other, *rest], merged.manifest, merged.leaves)
     assert (report.files_ok, report.failed) == (False, ())
     extra = replace(merged.manifest.tensors[0], name="zzz.backdoor")
     manifest = replace(merged.manifest, tensors=(*merged.manifest.tensors[1:], extra))
-    report = audit(built.plan, merged.trace, built.sources, built.donor_files, manifest, merged.leaves)
+    report = audit(built.plan, merged.trace, built.inputs, manifest, merged.leaves)
     missing = merged.manifest.tensors[0]
     assert report.failed == (
         ("zzz.backdoor", 0),
@@ -354,13 +354,10 @@ def test_sources_in_the_wrong_order_are_noticed_where_their_tensors_differ(
     world: Callable[..., World], tmp_path: Path
 ) -> None:
     built, other = world("ties", 4000), world("slerp", 5000)
-    with pytest.raises(
-        CorruptCheckpoint, match=r"input 1 of the plan .* has shape \[5000\] for lm_head.weight"
-    ):
+    with pytest.raises(CorruptCheckpoint, match=r"input 1 .* has shape \[5000\] for lm_head.weight"):
         run(
             built.plan,
-            [built.sources[0], other.sources[1], built.sources[2]],
-            built.donor_files,
+            [built.inputs[0], other.inputs[1], built.inputs[2]],
             tmp_path / "out",
             journal=tmp_path / "j",
         )
@@ -377,10 +374,10 @@ def test_the_tensor_that_has_no_angle_is_named(
         headers = {name: header_of(c) for name, c in zip(("base", "math"), opened, strict=True)}
         measured = [measure(c) for c in opened]
         ids = {name: m.manifest.model_id for name, m in zip(("base", "math"), measured, strict=True)}
-        sources = [VerifiedSource(c, m.leaves) for c, m in zip(opened, measured, strict=True)]
+        inputs = [material(c, m) for c, m in zip(opened, measured, strict=True)]
         plan = draft(parse(RECIPES["slerp"]), headers).seal(ids)
-        with pytest.raises(Unmergeable, match=r"model\.norm\.weight: slerp needs finite weights"):
-            run(plan, sources, opened[0].functional_files(), tmp_path / "out", journal=tmp_path / "j")
+        with pytest.raises(Unmergeable, match=r"model\.norm\.weight: its weights hold NaN"):
+            run(plan, inputs, tmp_path / "out", journal=tmp_path / "j")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -419,9 +416,8 @@ def merge_two(math: Path, code: Path, folder: Path, *, dtype: str = "bfloat16") 
         plan = draft(recipe, {name: header_of(c) for name, c in opened.items()}).seal(
             {name: m.manifest.model_id for name, m in measured.items()}
         )
-        sources = [VerifiedSource(c, measured[name].leaves) for name, c in opened.items()]
-        files = one.functional_files()
-        return run(plan, sources, files, folder / dtype, journal=folder / f"{dtype}.journal")
+        inputs = [material(c, measured[name]) for name, c in opened.items()]
+        return run(plan, inputs, folder / dtype, journal=folder / f"{dtype}.journal")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -437,8 +433,7 @@ def test_nan_is_written_as_one_pattern_and_subnormals_are_kept(
     with Checkpoint.open(path) as checkpoint:
         measured = measure(checkpoint)
         plan = draft(recipe, {"base": header_of(checkpoint)}).seal({"base": measured.manifest.model_id})
-        source = VerifiedSource(checkpoint, measured.leaves)
-        data = leaf(plan, Trace(tensors={}), [source], "model.norm.weight", 0)
+        data = leaf(plan, Trace(steps=({},)), [material(checkpoint, measured)], "model.norm.weight", 0)
     expected = {
         "float32": [0x7FC00000] * 3 + [1, 0x80000001, 0x7F800000],
         "float16": [0x7E00] * 3 + [0, 0x8000, 0x7C00],
@@ -453,9 +448,9 @@ import json, resource, sys
 from contextlib import ExitStack
 from pathlib import Path
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
-from merge_core.execute import run
-from merge_core.plan import check, draft, header_of
+from merge_core.execute import Material, run
 from merge_core.recipe import parse
+from merge_core.resolve import check, draft, header_of
 
 folder = Path(sys.argv[1])
 recipe = parse((folder / "recipe.yml").read_text())
@@ -469,9 +464,12 @@ with ExitStack() as stack:
     headers = {m: header_of(c) for m, c in opened.items()}
     measured = {m: measure(c) for m, c in opened.items()}
     plan = draft(recipe, headers).seal({m: x.manifest.model_id for m, x in measured.items()})
-    sources = [VerifiedSource(opened[m], measured[m].leaves) for m in recipe.models]
+    inputs = [
+        Material(tensors=VerifiedSource(opened[m], measured[m].leaves), files=opened[m].functional_files)
+        for m in recipe.models
+    ]
     before = peak()
-    run(plan, sources, opened[recipe.donor].functional_files(), folder / "out", journal=folder / "j")
+    run(plan, inputs, folder / "out", journal=folder / "j")
     print(json.dumps([before, peak(), check(recipe, headers).peak_ram_bytes, plan.output_bytes]))
 """
 
@@ -506,18 +504,19 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
-from merge_core.execute import run
+from merge_core.execute import Material, run
 from merge_core.plan import MergePlan
 
 folder = Path(sys.argv[1])
 with ExitStack() as stack:
     opened = [stack.enter_context(Checkpoint.open(Path(path))) for path in sys.argv[2:]]
-    sources = [VerifiedSource(c, measure(c).leaves) for c in opened]
+    inputs = [
+        Material(tensors=VerifiedSource(c, measure(c).leaves), files=c.functional_files) for c in opened
+    ]
     plan = MergePlan.parse((folder / "plan.json").read_bytes())
     run(
         plan,
-        sources,
-        opened[plan.donor].functional_files(),
+        inputs,
         folder / "out",
         journal=folder / "out.journal",
         on_progress=lambda done: print(done, flush=True),
@@ -558,5 +557,7 @@ def test_the_id_follows_from_names_and_numbers_alone(world: Callable[..., World]
     built = world("linear", 4000)
     merged = built.run(tmp_path / "out")
     assert merged.manifest.model_id == sha256(merged.manifest.to_bytes())
-    config = json.loads(output_files(built.plan, built.donor_files)["config.json"])
+    config = json.loads(
+        result_files(built.plan, [material.files for material in built.inputs])["config.json"]
+    )
     assert merged.manifest.architecture == config["architectures"][0]

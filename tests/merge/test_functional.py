@@ -12,8 +12,9 @@ from merge_core.config_keys import dropped
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
 from merge_core.functional import output_files
-from merge_core.plan import MergePlan, ModelHeader, check, draft
+from merge_core.plan import MergePlan
 from merge_core.recipe import parse
+from merge_core.resolve import ModelHeader, check, draft
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -46,7 +47,7 @@ def files(**others: bytes) -> dict[str, bytes]:
 
 
 def test_config_keeps_what_a_model_computes_with_and_nothing_that_names_code() -> None:
-    config = json.loads(output_files(plan(), files())["config.json"])
+    config = json.loads(output_files(plan().result, files())["config.json"])
     assert config == {
         "architectures": ["LlamaForCausalLM"],
         "eos_token_id": [2, 3],
@@ -61,7 +62,9 @@ def test_config_keeps_what_a_model_computes_with_and_nothing_that_names_code() -
 
 def test_the_dtype_is_written_under_the_key_that_the_donor_uses() -> None:
     config = {k: v for k, v in CONFIG.items() if k != "torch_dtype"} | {"dtype": "float32"}
-    written = json.loads(output_files(plan(), {"config.json": json.dumps(config).encode()})["config.json"])
+    written = json.loads(
+        output_files(plan().result, {"config.json": json.dumps(config).encode()})["config.json"]
+    )
     assert (written["dtype"], "torch_dtype" in written) == ("bfloat16", False)
 
 
@@ -80,7 +83,7 @@ def test_tokenizers_and_templates_are_copied_and_other_files_are_not() -> None:
         modeling_evil__py=b"import os",
     )
     given["tokenizer_config.json"] = b'{"model_max_length":   512}'
-    written = output_files(plan(), given)
+    written = output_files(plan().result, given)
     assert sorted(written) == [
         "chat_template.jinja",
         "config.json",
@@ -97,14 +100,14 @@ def test_a_tokenizer_config_that_names_code_loses_it() -> None:
         tokenizer_config__json=b'{"auto_map": {"AutoTokenizer": ["evil.T", null]}, "model_max_length": 512}',
         generation_config__json=b'{"custom_generate": "evil/repo", "temperature": 0.5, "eos_token_id": [1]}',
     )
-    written = output_files(plan(), given)
+    written = output_files(plan().result, given)
     assert json.loads(written["tokenizer_config.json"]) == {"model_max_length": 512}
     assert json.loads(written["generation_config.json"]) == {"temperature": 0.5, "eos_token_id": [1]}
 
 
 def test_the_bytes_do_not_depend_on_the_order_of_keys() -> None:
     shuffled = json.dumps(dict(reversed(CONFIG.items()))).encode()
-    assert output_files(plan(), {"config.json": shuffled}) == output_files(plan(), files())
+    assert output_files(plan().result, {"config.json": shuffled}) == output_files(plan().result, files())
 
 
 @pytest.mark.parametrize(
@@ -123,9 +126,9 @@ def test_the_bytes_do_not_depend_on_the_order_of_keys() -> None:
 )
 def test_a_config_that_is_not_plain_json_is_refused(config: bytes) -> None:
     with pytest.raises(CorruptCheckpoint):
-        output_files(plan(), {"config.json": config})
+        output_files(plan().result, {"config.json": config})
 
 
 def test_a_donor_without_config_is_refused() -> None:
     with pytest.raises(CorruptCheckpoint, match=r"no config\.json"):
-        output_files(plan(), {})
+        output_files(plan().result, {})

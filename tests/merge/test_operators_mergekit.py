@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.checkpoint.writer import CheckpointWriter
-from merge_core.execute import run
-from merge_core.functional import output_files
-from merge_core.plan import draft, header_of
+from merge_core.execute import Material, run
+from merge_core.functional import result_files
 from merge_core.recipe import parse
+from merge_core.resolve import draft, header_of
 
 pytestmark = [pytest.mark.foreign, pytest.mark.timeout(900)]
 
@@ -112,11 +112,13 @@ def both(
         plan = draft(recipe, {m: header_of(c) for m, c in opened.items()}).seal(
             {m: x.manifest.model_id for m, x in measured.items()}
         )
-        sources = [VerifiedSource(opened[m], measured[m].leaves) for m in recipe.models]
-        donor_files = opened[recipe.donor].functional_files()
-        run(plan, sources, donor_files, folder / "ours", journal=folder / "journal")
+        inputs = [
+            Material(tensors=VerifiedSource(opened[m], measured[m].leaves), files=opened[m].functional_files)
+            for m in recipe.models
+        ]
+        run(plan, inputs, folder / "ours", journal=folder / "journal")
         with CheckpointWriter.create(folder / "ours", plan.layout) as writer:
-            for name, data in output_files(plan, donor_files).items():
+            for name, data in result_files(plan, [material.files for material in inputs]).items():
                 writer.add_file(name, data)
             writer.commit()
     theirs = {k: v for path in (folder / "theirs").glob("*.safetensors") for k, v in load_file(path).items()}

@@ -16,8 +16,9 @@ from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import ModelId, canonical, parse_canonical, sha256
 from merge_core.errors import CorruptCheckpoint, Unmergeable
-from merge_core.plan import MergePlan, ModelHeader, check, draft, header_of, header_of_manifest
+from merge_core.plan import MergePlan
 from merge_core.recipe import parse
+from merge_core.resolve import ModelHeader, check, draft, header_of, header_of_manifest
 from merge_core.trace import Trace
 
 RECIPE = """

@@ -88,9 +88,15 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Family:
     sealed = plan.draft(recipe.parse(TIES), headers).seal(
         {name: found.manifest.model_id for name, found in measured.items()}
     )
-    sources = [VerifiedSource(checkpoints[name], measured[name].leaves) for name in parents]
+    inputs = [
+        execute.Material(
+            tensors=VerifiedSource(checkpoints[name], measured[name].leaves),
+            files=checkpoints[name].functional_files,
+        )
+        for name in parents
+    ]
     donor = checkpoints["base"].functional_files()
-    merged = execute.run(sealed, sources, donor, root / "merged", journal=root / "journal")
+    merged = execute.run(sealed, inputs, root / "merged", journal=root / "journal")
     terms = attest.Terms(licence="Apache-2.0", publisher=owner.publisher.key_id)
     merge = attest.Merge(
         plan=sealed,
@@ -100,7 +106,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Family:
         agreements=(agree(owner, builder, sealed),),
     )
     with CheckpointWriter.create(root / "merged", sealed.layout) as writer:
-        for name, data in functional.output_files(sealed, donor).items():
+        for name, data in functional.output_files(sealed.result, donor).items():
             writer.add_file(name, data)
         attest.attest(writer.path, builder, merge, engine="0.1.0", finished_at=NOW)
         writer.commit()
