@@ -19,7 +19,7 @@ from merge_core.checkpoint import dtypes
 from merge_core.checkpoint.manifest import MAX_DIMENSIONS, MAX_TENSORS, TENSOR_NAME
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import Digest, ModelId, canonical, check_version, parse_bounded, sha256
-from merge_core.errors import CorruptCheckpoint
+from merge_core.errors import CorruptCheckpoint, InvalidRecipe
 from merge_core.operators import COPY, find
 from merge_core.operators.base import Operator, Parameter, Value
 
@@ -179,6 +179,8 @@ class MergePlan:
             if plan.to_bytes() != data:
                 raise ValueError("it is not spelled as a plan is")
             return plan
+        except InvalidRecipe as error:
+            raise CorruptCheckpoint(f"not a merge plan for this weft: {error.why}", hint=error.hint) from error
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise CorruptCheckpoint(f"not a merge plan: {error}", hint="ask for the plan again") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,9 @@ def test_every_parameter_of_every_tensor_is_in_the_plan() -> None:
     }
     assert tensors["model.layers.1.mlp.up_proj.weight"].parameters["density"] == (1.0, 0.25)
     assert tensors["model.norm.weight"].parameters["density"] == (1.0, 0.75)
-    assert tensors["model.norm.weight"].dtype == PLAN.dtype == "BF16"
-    assert tensors["model.norm.weight"].inputs == (0, 1, 2)
+    assert tensors["model.norm.weight"].dtype == PLAN.result.dtype == "BF16"
+    operands = tensors["model.norm.weight"].operands
+    assert [(o.source, o.tensor) for o in operands] == [(i, "model.norm.weight") for i in range(3)]
     assert PLAN.inputs == (IDS["base"], IDS["math"], IDS["code"])
 
 
@@ -93,8 +95,10 @@ def test_the_order_of_keys_does_not_change_the_plan_but_the_order_of_models_does
 
 def test_without_a_dtype_the_output_is_as_the_donor() -> None:
     recipe = parse(RECIPE.replace("dtype: bfloat16", ""))
-    assert {t.dtype for t in draft(recipe, HEADERS).tensors} == {"F32"}
-    assert {t.dtype for t in draft(recipe, HEADERS | {"base": header(dtype="F16")}).tensors} == {"F16"}
+    assert {t.dtype for t in draft(recipe, HEADERS).steps[0].tensors} == {"F32"}
+    assert {t.dtype for t in draft(recipe, HEADERS | {"base": header(dtype="F16")}).steps[0].tensors} == {
+        "F16"
+    }
 
 
 def test_every_incompatibility_is_reported_at_once() -> None:
@@ -157,8 +161,8 @@ def test_integer_tensors_are_taken_as_they_are() -> None:
         return ModelHeader(tensors={**header().tensors, **table}, config=CONFIG, files=())
 
     headers = {name: with_table("I64") for name in IDS}
-    tensor = next(t for t in draft(parse(RECIPE), headers).tensors if t.name == "model.position_ids")
-    assert (tensor.operator, tensor.inputs, tensor.dtype) == ("passthrough", (0,), "I64")
+    tensor = next(t for t in draft(parse(RECIPE), headers).steps[0].tensors if t.name == "model.position_ids")
+    assert (tensor.operator, [o.source for o in tensor.operands], tensor.dtype) == ("copy", [0], "I64")
     mixed = headers | {"code": with_table("I32")}
     assert any("model.position_ids cannot be merged" in p for p in check(parse(RECIPE), mixed).problems)
 
@@ -184,27 +188,41 @@ def test_a_header_is_the_same_from_disk_and_from_a_manifest(
 
 def lies() -> list[tuple[str, Callable[[dict[str, Any]], object]]]:
     def first(plan: dict[str, Any]) -> Any:
-        return plan["tensors"][0]
+        return tensors(plan)[0]
+
+    def tensors(plan: dict[str, Any]) -> Any:
+        return plan["steps"][0]["tensors"]
+
+    def later(plan: dict[str, Any], operand: Any) -> None:
+        """Another step, whose tensors begin with one that the first step makes, or should."""
+        plan["steps"].append(copy.deepcopy(plan["steps"][0]))
+        plan["steps"][1].update(base=3)
+        for tensor in plan["steps"][1]["tensors"]:
+            tensor["operands"][0] = operand
 
     return [
-        ("version", lambda p: p.update(version=2)),
+        ("version", lambda p: p.update(version=1)),
         ("version true", lambda p: p.update(version=True)),
         ("unknown key", lambda p: p.update(holder="here")),
         ("no inputs", lambda p: p.update(inputs=[])),
         ("bad id", lambda p: p["inputs"].__setitem__(0, "sha256:00")),
-        ("base out of range", lambda p: p.update(base=3)),
-        ("donor is no index", lambda p: p.update(donor=True)),
-        ("no tensors", lambda p: p.update(tensors=[])),
-        ("unsorted", lambda p: p["tensors"].reverse()),
-        ("repeated", lambda p: p["tensors"].insert(0, p["tensors"][0])),
+        ("no steps", lambda p: p.update(steps=[])),
+        ("base out of range", lambda p: p["steps"][0].update(base=3)),
+        ("donor is no index", lambda p: p["steps"][0].update(donor=True)),
+        ("no tensors", lambda p: p["steps"][0].update(tensors=[])),
+        ("unsorted", lambda p: tensors(p).reverse()),
+        ("repeated", lambda p: tensors(p).insert(0, first(p))),
         ("name", lambda p: first(p).update(name="../x")),
         ("dtype", lambda p: first(p).update(dtype="I8")),
         ("shape", lambda p: first(p).update(shape=[-1])),
         ("huge shape", lambda p: first(p).update(shape=[2**40, 2**40])),
         ("operator", lambda p: first(p).update(operator="eval")),
-        ("input out of range", lambda p: first(p).update(inputs=[0, 1, 3])),
-        ("base not first", lambda p: first(p).update(inputs=[1, 0, 2])),
-        ("no experts", lambda p: first(p).update(inputs=[0])),
+        ("input out of range", lambda p: first(p).update(operands=[0, 1, 3])),
+        ("base not first", lambda p: first(p).update(operands=[1, 0, 2])),
+        ("no experts", lambda p: first(p).update(operands=[0])),
+        ("spelled out", lambda p: first(p).update(operands=[[0, first(p)["name"]], 1, 2])),
+        ("a step that is not there", lambda p: tensors(p)[0].update(operands=[3, 1, 2])),
+        ("a tensor that no step makes", lambda p: later(p, [3, "other.weight"])),
         ("missing parameter", lambda p: first(p)["parameters"].pop("lambda")),
         ("too few weights", lambda p: first(p)["parameters"]["weight"].pop()),
         ("a float", lambda p: first(p)["parameters"].update({"lambda": 1})),
@@ -236,13 +254,13 @@ def test_damaged_bytes_are_no_plan(noise: bytes, at: int) -> None:
 
 def ties_trace() -> dict[str, Any]:
     values = {"threshold": [0, 1065353216], "last": [127, 5]}
-    return {"version": 1, "tensors": {name: dict(values) for name in SHAPES}}
+    return {"version": 2, "steps": [{name: dict(values) for name in SHAPES}]}
 
 
 def test_a_trace_survives_its_bytes() -> None:
     data = canonical(ties_trace())
     trace = Trace.parse(PLAN, data)
-    assert trace["lm_head.weight"] == {"threshold": (0, 1065353216), "last": (127, 5)}
+    assert trace.of(0, "lm_head.weight") == {"threshold": (0, 1065353216), "last": (127, 5)}
     assert trace.to_bytes() == data
     assert trace.digest == sha256(data)
 
@@ -250,15 +268,15 @@ def test_a_trace_survives_its_bytes() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: t.update(version=2),
+        lambda t: t.update(version=1),
         lambda t: t.update(version=True),
-        lambda t: t["tensors"].pop("lm_head.weight"),
-        lambda t: t["tensors"].update(other={"threshold": [0, 0], "last": [0, 0]}),
-        lambda t: t["tensors"]["lm_head.weight"].update(threshold=[0]),
-        lambda t: t["tensors"]["lm_head.weight"].update(threshold=["0x1p0", 0]),
-        lambda t: t["tensors"]["lm_head.weight"].update(last=[-2, 0]),
-        lambda t: t["tensors"]["lm_head.weight"].update(last=[True, 0]),
-        lambda t: t["tensors"]["lm_head.weight"].update(angle=[0, 0]),
+        lambda t: t["steps"][0].pop("lm_head.weight"),
+        lambda t: t["steps"][0].update(other={"threshold": [0, 0], "last": [0, 0]}),
+        lambda t: t["steps"][0]["lm_head.weight"].update(threshold=[0]),
+        lambda t: t["steps"][0]["lm_head.weight"].update(threshold=["0x1p0", 0]),
+        lambda t: t["steps"][0]["lm_head.weight"].update(last=[-2, 0]),
+        lambda t: t["steps"][0]["lm_head.weight"].update(last=[True, 0]),
+        lambda t: t["steps"][0]["lm_head.weight"].update(angle=[0, 0]),
     ],
 )
 def test_a_trace_that_does_not_fit_its_plan_is_refused(change: Callable[[dict[str, Any]], object]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from merge_core import execute, functional, plan, recipe
+from merge_core import execute, functional, plan, recipe, resolve
 from merge_core.checkpoint.manifest import Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.checkpoint.writer import CheckpointWriter
@@ -84,8 +84,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Family:
             attest.publish(directory, owner, measure(checkpoint).manifest)
     checkpoints = {name: Checkpoint.open(directory) for name, directory in parents.items()}
     measured = {name: measure(checkpoint) for name, checkpoint in checkpoints.items()}
-    headers = {name: plan.header_of(checkpoint) for name, checkpoint in checkpoints.items()}
-    sealed = plan.draft(recipe.parse(TIES), headers).seal(
+    headers = {name: resolve.header_of(checkpoint) for name, checkpoint in checkpoints.items()}
+    sealed = resolve.draft(recipe.parse(TIES), headers).seal(
         {name: found.manifest.model_id for name, found in measured.items()}
     )
     inputs = [

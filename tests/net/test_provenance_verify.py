@@ -218,7 +218,14 @@ def test_agreements_for_something_else_are_red(family, agreed) -> None:
     for envelope, why in (
         (agreed(family.owner, family.owner, family.plan), "another peer"),
         (agreed(family.owner, family.builder, family.plan, purpose=Purpose.AUDIT), "something else"),
-        (agreed(family.owner, family.builder, replace(family.plan, donor=1)), "something else"),
+        (
+            agreed(
+                family.owner,
+                family.builder,
+                replace(family.plan, steps=(replace(family.plan.result, donor=1),)),
+            ),
+            "something else",
+        ),
     ):
         data = agreements.pack([envelope])
         put(family.merged / AGREEMENTS_FILE, data)
