@@ -21,11 +21,22 @@ _NOT_FINITE = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 def parse(text: str) -> Any:
     """Read one document: dict with text as keys, list, str, int, float, bool or None; raises ValueError."""
+    documents = parse_all(text)
+    if len(documents) > 1:
+        raise ValueError(f"{len(documents)} documents, of which one is read")
+    return documents[0] if documents else None
+
+
+def parse_all(text: str) -> list[Any]:
+    """Read the documents that lines of `---` separate, as `parse` reads one; raises ValueError."""
     loader = None
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        return None if node is None else _value(node)
+        documents = []
+        while loader.check_node():
+            node = loader.get_node()
+            documents.append(None if node is None else _value(node))
+        return documents
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())[:300]) from error
     finally:
