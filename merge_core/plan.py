@@ -22,6 +22,7 @@ from merge_core.digest import Digest, ModelId, canonical, check_version, parse_b
 from merge_core.errors import CorruptCheckpoint, InvalidRecipe
 from merge_core.operators import COPY, find
 from merge_core.operators.base import Operator, Parameter, Value
+from merge_core.tokenizer.plan import TokenizerPlan
 
 MAX_PLAN = 64 << 20
 MAX_INPUTS = 65
@@ -75,7 +76,8 @@ class Step:
     """One merge of a plan; `base` and `donor` count sources as operands do, `tensors` are sorted by name.
 
     Config, tokenizer and chat template are the donor's, but for the keys of `config`, which replace those of
-    its config.json, and `chat_template`, which replaces its template.
+    its config.json, and `chat_template`, which replaces its template. With `tokenizer` the tokens are chosen,
+    and the rows of embeddings follow them.
     """
 
     base: int | None
@@ -84,6 +86,7 @@ class Step:
     tensors: tuple[TensorPlan, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    tokenizer: TokenizerPlan | None = None
 
     @cached_property
     def layout(self) -> Mapping[str, TensorInfo]:
@@ -180,7 +183,9 @@ class MergePlan:
                 raise ValueError("it is not spelled as a plan is")
             return plan
         except InvalidRecipe as error:
-            raise CorruptCheckpoint(f"not a merge plan for this weft: {error.why}", hint=error.hint) from error
+            raise CorruptCheckpoint(
+                f"not a merge plan for this weft: {error.why}", hint=error.hint
+            ) from error
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise CorruptCheckpoint(f"not a merge plan: {error}", hint="ask for the plan again") from error
 
@@ -196,6 +201,8 @@ def _write_step(step: Step) -> dict[str, Any]:
         value["config"] = dict(step.config)
     if step.chat_template is not None:
         value["chatTemplate"] = step.chat_template
+    if step.tokenizer is not None:
+        value["tokenizer"] = step.tokenizer.to_value()
     return value
 
 
@@ -235,7 +242,7 @@ def _plan(value: Any) -> MergePlan:
 
 def _step(value: Any, inputs: int, earlier: Sequence[Step]) -> Step:
     """A step that may take from so many inputs and from the steps before it."""
-    _keys(value, {"base", "donor", "architecture", "tensors"}, {"config", "chatTemplate"})
+    _keys(value, {"base", "donor", "architecture", "tensors"}, {"config", "chatTemplate", "tokenizer"})
     architecture, template = value["architecture"], value.get("chatTemplate")
     if not isinstance(architecture, str) or not 0 < len(architecture) <= 128:
         raise ValueError("the architecture")
@@ -258,7 +265,16 @@ def _step(value: Any, inputs: int, earlier: Sequence[Step]) -> Step:
         tensors=tensors,
         config=_config(value.get("config", {})),
         chat_template=template,
+        tokenizer=_tokenizer(value["tokenizer"], tensors, sources) if "tokenizer" in value else None,
     )
+
+
+def _tokenizer(value: Any, tensors: Sequence[TensorPlan], sources: int) -> TokenizerPlan:
+    tokenizer = TokenizerPlan.parse(value, sources)
+    fault = tokenizer.fault(tensors)
+    if fault:
+        raise ValueError(fault)
+    return tokenizer
 
 
 def _config(value: Any) -> dict[str, Any]:
