@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from merge_core import plain_yaml
+from node.catalog.licence_table import TABLE
 from node.domain.text import LICENCE
 from node.errors import UsageError
 
@@ -20,61 +21,11 @@ NO_LICENCE = "NOASSERTION"
 CARD = "README.md"
 MAX_FRONT_MATTER = 64 << 10
 
-KNOWN = (
-    "0BSD",
-    "AFL-3.0",
-    "AGPL-3.0-only",
-    "AGPL-3.0-or-later",
-    "Apache-2.0",
-    "Artistic-2.0",
-    "BSD-2-Clause",
-    "BSD-3-Clause",
-    "BSD-3-Clause-Clear",
-    "BSL-1.0",
-    "CC-BY-2.0",
-    "CC-BY-3.0",
-    "CC-BY-4.0",
-    "CC-BY-NC-4.0",
-    "CC-BY-NC-ND-4.0",
-    "CC-BY-NC-SA-4.0",
-    "CC-BY-ND-4.0",
-    "CC-BY-SA-3.0",
-    "CC-BY-SA-4.0",
-    "CC0-1.0",
-    "CDLA-Permissive-2.0",
-    "ECL-2.0",
-    "EPL-2.0",
-    "EUPL-1.2",
-    "GPL-2.0-only",
-    "GPL-3.0-only",
-    "GPL-3.0-or-later",
-    "ISC",
-    "LGPL-3.0-only",
-    "MIT",
-    "MIT-0",
-    "MPL-2.0",
-    "MS-PL",
-    "NCSA",
-    "ODC-By-1.0",
-    "ODbL-1.0",
-    "OSL-3.0",
-    "PDDL-1.0",
-    "PostgreSQL",
-    "Unlicense",
-    "WTFPL",
-    "Zlib",
+_BY_FOLDED = (
+    {licence.hub: licence.name for licence in TABLE if licence.hub}
+    | {licence.name.casefold(): licence.name for licence in TABLE}
+    | {name.casefold(): NO_LICENCE for name in (NO_LICENCE, "cc", "unknown", "")}
 )
-"""The SPDX names that model cards use; others are kept as they are written."""
-
-_ALIASES = {"agpl-3.0": "AGPL-3.0-only", "gpl-2.0": "GPL-2.0-only", "gpl-3.0": "GPL-3.0-only"} | {
-    "lgpl-3.0": "LGPL-3.0-only",
-    "pddl": "PDDL-1.0",
-    "odbl": "ODbL-1.0",
-    "cc": NO_LICENCE,
-    "unknown": NO_LICENCE,
-    "": NO_LICENCE,
-}
-_BY_FOLDED = {name.casefold(): name for name in (*KNOWN, NO_LICENCE)} | _ALIASES
 _COMPOUND_OR_REFERENCE = re.compile(r"(?i)licenseref-.+|.*[ ()].*")
 
 
