@@ -7,7 +7,8 @@ convert      stored bytes to float32 and back
 kernels      the compiled steps of the formulas that many merges use
 reductions   sums over a tensor with fixed bits
 scratch      memory that a thread uses again for every chunk
-linear  slerp  task_arithmetic  ties  passthrough     the formulas
+karcher  linear  model_stock  nearswap  nuslerp  passthrough  ram  ramplus_tl  slerp  task_arithmetic  ties
+             the formulas
 
 A package of yours adds an operator with an entry point of the group `weft.operators`, whose name is the
 operator's. The declarations import neither torch nor numba.
@@ -20,8 +21,14 @@ from importlib.metadata import entry_points
 
 from merge_core.errors import InvalidRecipe
 from merge_core.operators.base import Operator
+from merge_core.operators.karcher import KARCHER
 from merge_core.operators.linear import LINEAR
+from merge_core.operators.model_stock import MODEL_STOCK
+from merge_core.operators.nearswap import NEARSWAP
+from merge_core.operators.nuslerp import NUSLERP
 from merge_core.operators.passthrough import COPY, PASSTHROUGH
+from merge_core.operators.ram import RAM
+from merge_core.operators.ramplus_tl import RAMPLUS_TL
 from merge_core.operators.slerp import SLERP
 from merge_core.operators.task_arithmetic import TASK_ARITHMETIC
 from merge_core.operators.ties import TIES
@@ -31,20 +38,41 @@ GROUP = "weft.operators"
 __all__ = ["COPY", "GROUP", "METHODS", "find", "installed", "names"]
 
 METHODS: dict[str, Operator] = {
-    operator.name: operator for operator in (LINEAR, PASSTHROUGH, SLERP, TASK_ARITHMETIC, TIES)
+    operator.name: operator
+    for operator in (
+        KARCHER,
+        LINEAR,
+        MODEL_STOCK,
+        NEARSWAP,
+        NUSLERP,
+        PASSTHROUGH,
+        RAM,
+        RAMPLUS_TL,
+        SLERP,
+        TASK_ARITHMETIC,
+        TIES,
+    )
 }
 """What a recipe's `merge_method` can say, without what other packages add."""
 
 
 def find(name: str) -> Operator:
     """The operator that a plan or a recipe names; raises InvalidRecipe where nobody here knows it."""
-    known = METHODS.get(name) or (COPY if name == COPY.name else None) or installed().get(name)
+    known = METHODS.get(name) or _others().get(name)
     if known is None:
         raise InvalidRecipe(
             f"merge_method {name[:80]}: not supported; it is one of: {', '.join(names())}",
             hint="correct the name, or install the package that defines it",
         )
     return known
+
+
+@cache
+def _others() -> dict[str, Operator]:
+    """What a plan can name beyond METHODS: COPY, other packages' operators, and what acts over a base."""
+    methods = METHODS | installed()
+    over_base = {o.over_base.name: o.over_base for o in methods.values() if o.over_base}
+    return over_base | installed() | {COPY.name: COPY}
 
 
 def names() -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
@@ -139,9 +139,11 @@ class Measure(Protocol):
 class Operator:
     """The declaration of one operator with its kernel.
 
-    `experts` bounds the number of operands that are not the base. `passes` is how often `measure` reads the
-    tensors, at most. `traces` names what `measure` returns for the given parameters and number of experts,
-    with the number of values and whether they are ints. With `rows` every chunk consists of whole rows.
+    `experts` bounds the number of operands that are not the base. `fixed` holds settings of mergekit's that a
+    recipe may spell out but not change. `over_base` takes this operator's place where a recipe has a
+    base_model: the same parameters, another formula. `passes` is how often `measure` reads the tensors, at
+    most. `traces` names what `measure` returns for the given parameters and number of experts, with the
+    number of values and whether they are ints. With `rows` every chunk consists of whole rows.
     """
 
     name: str
@@ -156,6 +158,8 @@ class Operator:
     passes: int = 0
     traces: Callable[[Parameters, int], Mapping[str, tuple[int, type]]] = lambda parameters, experts: {}
     rows: bool = False
+    fixed: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    over_base: Operator | None = None
 
     def parameter(self, name: str) -> Parameter | None:
         """The declaration of one parameter, or None."""

@@ -180,3 +180,38 @@ def block_dots(x: Any, y: Any, out: Any) -> None:
                 terms[i] = terms[i] + terms[half + i]
             half //= 2
         out[block] = terms[0]
+
+
+@kernel
+def swap_near(x: Any, base: Any, t: Any, least: Any, out: Any) -> None:
+    """out = w·x + (1−w)·base, w = t over |base − x| but at least `least`, between 0 and 1."""
+    zero, one = np.float32(0.0), np.float32(1.0)
+    for i in range(out.size):
+        distance = abs(base[i] - x[i])
+        weight = t / (least if distance < least else distance)
+        weight = zero if weight < zero else (one if weight > one else weight)
+        out[i] = weight * x[i] + (one - weight) * base[i]
+
+
+@kernel
+def count_changed(x: Any, base: Any, epsilon: Any, count: Any) -> None:
+    """count = count + 1 where |x − base| is not within `epsilon`."""
+    for i in range(count.size):
+        within = abs(x[i] - base[i]) <= epsilon
+        count[i] = count[i] + (np.float32(0.0) if within else np.float32(1.0))
+
+
+@kernel
+def add_changed(x: Any, base: Any, epsilon: Any, count: Any, factor: Any, out: Any) -> None:
+    """out = out + (x − base) where that is not within `epsilon`; times `factor` where `count` is 1."""
+    for i in range(out.size):
+        delta = x[i] - base[i]
+        kept = np.float32(0.0) if abs(delta) <= epsilon else delta
+        out[i] = out[i] + (kept * factor if count[i] == 1 else kept)
+
+
+@kernel
+def add_mean_to_base(base: Any, count: Any, out: Any) -> None:
+    """out = base + out / count, where `count` is over 1."""
+    for i in range(out.size):
+        out[i] = base[i] + out[i] / (count[i] if count[i] > 1 else np.float32(1.0))

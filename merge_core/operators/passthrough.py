@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merge_core.operators.base import (
+    Array,
     Chunk,
     Exactness,
     Operator,
@@ -17,6 +18,7 @@ from merge_core.operators.base import (
     Traced,
     each,
     single,
+    weighted_sum_into,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
     return chunk.tensors[0] * single(each(parameters, "scale")[0])
 
 
+def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+    weighted_sum_into(chunk.arrays, each(parameters, "scale"), out)
+
+
 PASSTHROUGH = Operator(
     name="passthrough",
     cite="arXiv:2312.15166",
@@ -35,6 +41,7 @@ PASSTHROUGH = Operator(
     experts=(1, 1),
     parameters=(Parameter(name="scale", each=True, default=1.0),),
     apply=_apply,
+    compiled=_compiled,
 )
 
 COPY = Operator(

@@ -1,0 +1,126 @@
+"""NuSLERP: between two models along the great circle, as far as their weights say (Shoemake 1985).
+
+    t = w₁ / (w₀ + w₁)      sin((1−t)θ)/sin θ · W₀ + sin(tθ)/sin θ · W₁
+
+θ is the angle between two tensors, each taken as one vector. Where the recipe has a base_model these are the
+task vectors, and the result is added to the base: a formula of its own, which a plan calls nuslerp_deltas.
+mergekit's angles for each row or column are not offered: the Trace would hold two factors of every row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from merge_core.operators.base import (
+    Array,
+    Chunk,
+    Exactness,
+    Operator,
+    Parameter,
+    Parameters,
+    Stream,
+    Traced,
+    each,
+    single,
+    weighted_sum,
+    weighted_sum_into,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLLINEAR = 2.0**-24
+"""The squared sine up to which the circle is a line: there mergekit's float32 cosine rounds to one."""
+
+VANISHING = 1e-7
+"""The least norm that is divided by: mergekit's epsilon."""
+
+
+def share(weights: Sequence[float]) -> float:
+    """How far from the first model to the second; half way where the weights cancel, as mergekit has it."""
+    total = weights[0] + weights[1]
+    return 0.5 if abs(total) < 1e-6 else weights[1] / total
+
+
+def factors(dot: float, square_a: float, square_b: float, t: float) -> tuple[float, float]:
+    """The factors (float32 values) of a and b at `t` for their inner product and squared norms."""
+    norms = max(math.sqrt(square_a), VANISHING) * max(math.sqrt(square_b), VANISHING)
+    cosine = max(-1.0, min(1.0, dot / norms))
+    if (1.0 - cosine) * (1.0 + cosine) <= COLLINEAR:
+        return single(1.0 - t), single(t)
+    angle = math.acos(cosine)
+    sine = math.sin(angle)
+    return single(math.sin((1.0 - t) * angle) / sine), single(math.sin(t * angle) / sine)
+
+
+def _measure(stream: Stream, parameters: Parameters, *, deltas: bool = False) -> Traced:
+    """Find the factors of the two from their inner products."""
+    from merge_core.operators.reductions import gram
+
+    (square_a, dot), (_, square_b) = gram(stream, deltas=deltas)
+    return {"factors": factors(dot, square_a, square_b, share(each(parameters, "weight")))}
+
+
+def _measure_deltas(stream: Stream, parameters: Parameters) -> Traced:
+    return _measure(stream, parameters, deltas=True)
+
+
+def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
+    """Add the two tensors, each times its traced factor."""
+    return weighted_sum(chunk.tensors, traced["factors"])
+
+
+def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+    weighted_sum_into(chunk.arrays, traced["factors"], out)
+
+
+def _apply_deltas(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
+    """Add the two task vectors, each times its traced factor, to the base."""
+    base, *experts = chunk.tensors
+    return base + weighted_sum(tuple(expert - base for expert in experts), traced["factors"])
+
+
+def _compiled_deltas(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+    from merge_core.operators import kernels
+
+    base, first, second = chunk.arrays
+    factor_a, factor_b = map(np.float32, traced["factors"])
+    kernels.scale_delta(first, base, factor_a, out)
+    kernels.add_scaled_delta(second, base, factor_b, out)
+    kernels.add_to_base(base, np.float32(1.0), out)
+
+
+_DELTAS = Operator(
+    name="nuslerp_deltas",
+    cite="doi:10.1145/325165.325242",
+    exactness=Exactness.GIVEN_TRACE,
+    needs_base=True,
+    experts=(2, 2),
+    parameters=(Parameter(name="weight", each=True),),
+    apply=_apply_deltas,
+    compiled=_compiled_deltas,
+    measure=_measure_deltas,
+    passes=1,
+    traces=lambda parameters, experts: {"factors": (2, float)},
+    fixed={"nuslerp_flatten": True, "nuslerp_row_wise": False},
+)
+
+NUSLERP = Operator(
+    name="nuslerp",
+    cite="doi:10.1145/325165.325242",
+    exactness=Exactness.GIVEN_TRACE,
+    needs_base=False,
+    experts=(2, 2),
+    parameters=_DELTAS.parameters,
+    apply=_apply,
+    compiled=_compiled,
+    measure=_measure,
+    passes=1,
+    traces=_DELTAS.traces,
+    fixed=_DELTAS.fixed,
+    over_base=_DELTAS,
+)

@@ -1,0 +1,83 @@
+"""RAM+: RAM that makes up for what averaging takes away (arXiv:2601.13572), with ratios for each tensor.
+
+    ρᵢ = shared / unique      λᵢ = 1 + r·clamp(ρᵢ, 0, alpha)
+
+What an expert alone has changed is taken times its λ. `shared` and `unique` count, over the whole tensor, the
+elements that it has changed together with others and alone: they are the Trace.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge_core.operators.base import (
+    Array,
+    Chunk,
+    Exactness,
+    Operator,
+    Parameter,
+    Parameters,
+    Stream,
+    Traced,
+    number,
+)
+from merge_core.operators.ram import EPSILON, reinforced, reinforced_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _measure(stream: Stream, parameters: Parameters) -> Traced:
+    """Count, for every expert, the changed elements that it shares and those that it does not."""
+    epsilon = np.float32(number(parameters, "epsilon"))
+
+    def count(chunk: Chunk) -> NDArray[np.int64]:
+        base, *experts = chunk.arrays
+        with np.errstate(invalid="ignore"):
+            changed = np.stack([~(np.abs(expert - base) <= epsilon) for expert in experts])
+        among = changed.sum(axis=0)
+        return np.stack([(changed & (among > 1)).sum(axis=1), (changed & (among == 1)).sum(axis=1)])
+
+    shared, unique = np.sum(list(stream.map(count)), axis=0).tolist()
+    return {"shared": tuple(shared), "unique": tuple(unique)}
+
+
+def _factors(parameters: Parameters, traced: Traced) -> list[float]:
+    """λ of every expert; one that has nothing for itself divides by `epsilon`, as mergekit has it."""
+    r, alpha, epsilon = (number(parameters, name) for name in ("r", "alpha", "epsilon"))
+    factors = []
+    for shared, unique in zip(traced["shared"], traced["unique"], strict=True):
+        divisor = max(unique, epsilon)
+        ratio = min(shared / divisor, alpha) if divisor else alpha
+        factors.append(1.0 + r * ratio if shared else 1.0)
+    return factors
+
+
+def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
+    return reinforced(chunk, number(parameters, "epsilon"), _factors(parameters, traced))
+
+
+def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+    reinforced_into(chunk, number(parameters, "epsilon"), _factors(parameters, traced), out)
+
+
+RAMPLUS_TL = Operator(
+    name="ramplus_tl",
+    cite="arXiv:2601.13572",
+    exactness=Exactness.GIVEN_TRACE,
+    needs_base=True,
+    experts=(1, None),
+    parameters=(
+        Parameter(name="r", default=0.1),
+        Parameter(name="alpha", default=0.2, low=0.0),
+        EPSILON,
+    ),
+    apply=_apply,
+    compiled=_compiled,
+    measure=_measure,
+    passes=1,
+    traces=lambda parameters, experts: {"shared": (experts, int), "unique": (experts, int)},
+)
