@@ -58,6 +58,11 @@ class Shape:
             for p, rows in (("q", self.hidden), ("k", narrow), ("v", narrow), ("o", self.hidden))
         }
         named |= {f"{prefix}.{p}_layernorm.weight": (self.hidden,) for p in ("input", "post_attention")}
+        if self.experts:
+            named |= {f"{prefix}.{p}_mlp_layernorm.weight": (self.hidden,) for p in ("pre", "post")}
+            named |= {f"{prefix}.self_attn.{p}_norm.weight": (self.hidden // self.heads,) for p in "qk"}
+            named[f"{prefix}.self_attn.gate_proj.weight"] = (self.hidden, self.hidden)
+            named[f"{prefix}.mlp.router.gate.weight"] = (self.experts, self.hidden)
         mlps = [f"mlp.experts.{e}" for e in range(self.experts)] or ["mlp"]
         for mlp in mlps:
             named |= {f"{prefix}.{mlp}.{p}_proj.weight": (self.inner, self.hidden) for p in ("gate", "up")}
@@ -89,8 +94,8 @@ LARGE = Shape(layers=22, hidden=2048, inner=5632, heads=32, key_value_heads=4, v
 """1.1 billion parameters: TinyLlama's."""
 MEDIUM = Shape(layers=12, hidden=768, inner=2048, heads=12, key_value_heads=4, vocabulary=16000)
 """100 million parameters."""
-MANY = Shape(layers=26, hidden=16, inner=8, heads=4, key_value_heads=2, vocabulary=64, experts=254)
-"""20,000 tensors of at most 1,024 elements."""
+MANY = Shape(layers=26, hidden=16, inner=8, heads=4, key_value_heads=2, vocabulary=64, experts=253)
+"""20,000 tensors of at most 4,048 elements."""
 TINY = Shape(layers=2, hidden=64, inner=128, heads=4, key_value_heads=2, vocabulary=512)
 """What warms up, and what a smoke run takes for the large ones."""
 FEW = Shape(layers=2, hidden=16, inner=8, heads=4, key_value_heads=2, vocabulary=64, experts=4)
@@ -116,7 +121,9 @@ def _write_tensor(
     writers: Mapping[str, CheckpointWriter], named: tuple[str, TensorInfo], *, seed: int
 ) -> None:
     name, info = named
-    draw = np.random.Generator(np.random.SFC64(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest())))
+    draw = np.random.Generator(
+        np.random.SFC64(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()))
+    )
     for start, count in _runs(prod(info.shape)):
         base = draw.standard_normal(count, np.float32) * np.float32(WEIGHT_SPREAD)
         if name.endswith("norm.weight"):
