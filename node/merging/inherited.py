@@ -48,7 +48,9 @@ class Inherited:
 
 def inherit(parents: Mapping[str, str]) -> Inherited:
     """What a merge inherits from models with these licences; keys are what the models are called."""
-    problems, warnings, whole = [], [], set()
+    problems: list[str] = []
+    warnings: list[str] = []
+    whole: set[str] = set()
     for name, stated in parents.items():
         allowed = {one for one in alternatives(stated) if not any(licence(x).forbids_merging for x in one)}
         if stated == NO_LICENCE:

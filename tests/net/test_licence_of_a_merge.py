@@ -1,4 +1,4 @@
-"""The licence of a merge: the most restrictive parent's, or several together; none where one forbids merges."""
+"""The licence of a merge: the most restrictive parent's, or several together, or a refusal."""
 
 from __future__ import annotations
 

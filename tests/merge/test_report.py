@@ -1,0 +1,147 @@
+"""The sanity report: a merge that looks like its parents passes quietly, one that does not is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from merge_core.digest import ModelId, sha256
+from merge_core.errors import CorruptCheckpoint
+from merge_core.operators import COPY
+from merge_core.plan import MergePlan, Operand, Step, TensorPlan
+from merge_core.report import Extreme, Norms, Reading, Report, report
+
+NAMES = (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.1.mlp.up_proj.weight",
+    "model.norm.weight",
+    "odd.ids",
+)
+
+
+def planned(*names: str, copied: tuple[str, ...] = ()) -> MergePlan:
+    """A plan that adds two models, but for what it copies."""
+    tensors = tuple(
+        TensorPlan(
+            name=name,
+            dtype="F32",
+            shape=(6,),
+            operator=COPY.name if name in copied else "linear",
+            operands=tuple(
+                Operand(source=source, tensor=name) for source in range(1 if name in copied else 2)
+            ),
+            parameters={},
+        )
+        for name in names
+    )
+    inputs = (ModelId(sha256(b"a")), ModelId(sha256(b"b")))
+    return MergePlan(inputs=inputs, steps=(Step(base=None, donor=0, architecture="X", tensors=tensors),))
+
+
+def array(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def test_a_ratio_is_the_merged_norm_in_means_of_what_was_merged() -> None:
+    norms = Norms()
+    for name in NAMES[:-1]:
+        norms.observe(name, 0, (array(3, 0), array(0, 1)), array(0, 2))
+    norms.observe(NAMES[3], 1, (array(4, 0), array(0, 0)), array(0, 0))  # now 5, 1 and 2: 2/3
+
+    found = report(planned(*NAMES, copied=NAMES[-1:]), norms)
+
+    assert (found.tensors, found.copied, found.measured, found.zeros) == (7, 1, 6, 0)
+    assert [part.name for part in found.parts] == ["embedding", "layer 0", "layer 1", "norm", "head"]
+    assert [part.ratio for part in found.parts] == [1.0, 1.0, 0.7845, 1.0, 1.0]  # √8 over √(3² + 2²)
+    middle = found.parts[2]
+    assert middle.smallest == Extreme(tensor=NAMES[3], ratio=0.6667)
+    assert middle.largest == Extreme(tensor=NAMES[4], ratio=1.0)
+    assert found.summary == ("norms of 6 tensors: 0.667 to 1 times their parents'", "nothing stands out")
+
+
+def test_what_stands_out_is_named_in_a_sentence() -> None:
+    norms = Norms()
+    norms.observe(NAMES[0], 0, (array(1, 0), array(0, 1)), array(2.5, 0))
+    norms.observe(NAMES[1], 0, (array(1, 0), array(0, 1)), array(0, 0))
+    norms.observe(NAMES[2], 0, (array(1, 0), array(0, 1)), array(0, 0.499))
+    norms.observe(NAMES[3], 0, (array(0, 0), array(0, 0)), array(0, 0))
+
+    found = report(planned(*NAMES[:5]), norms)
+
+    assert found.flags == (
+        "lm_head.weight is 2.5 times as long as what it was made of",
+        "model.embed_tokens.weight is all zero, and what it was made of is not",
+        "model.layers.0.mlp.up_proj.weight is 0.499 times as long as what it was made of",
+    )
+    assert found.zeros == 2 and [part.name for part in found.parts] == ["embedding", "layer 0", "head"]
+    assert "1 not measured" in found.summary[0] and "2 all zero" in found.summary[0]
+    assert found.summary[1] == f"{found.flags[0]} (and 2 more)"
+
+
+def test_a_thousand_flags_are_counted_and_not_listed() -> None:
+    names = sorted(f"model.layers.{index}.w" for index in range(1000))
+    norms = Norms()
+    for name in names:
+        norms.observe(name, 0, (array(1), array(1)), array(9))
+    found = report(planned(*names), norms)
+    assert len(found.flags) == 21 and found.flags[-1] == "980 tensors more stand out like these"
+    assert [part.name for part in found.parts] == [f"layer {index}" for index in range(1000)]
+
+
+def test_what_was_not_observed_or_overflows_is_not_measured() -> None:
+    norms = Norms()
+    norms.observe(NAMES[0], 0, (array(1e30), array(1)), array(1e30))
+    found = report(planned(*NAMES[:2]), norms)
+    assert (found.measured, found.parts, found.flags) == (0, (), ())
+    assert found.summary == ("norms of 0 tensors, 2 not measured", "nothing stands out")
+
+
+def test_the_order_of_threads_does_not_show() -> None:
+    draw = np.random.default_rng(0)
+    pieces = [draw.standard_normal((3, 4096)).astype(np.float32) for _ in range(64)]
+
+    def observed(order: list[int], threads: int) -> Report:
+        norms = Norms()
+        with ThreadPoolExecutor(threads) as pool:
+            for future in [
+                pool.submit(norms.observe, NAMES[0], i, pieces[i][:2], pieces[i][2]) for i in order
+            ]:
+                future.result()
+        return report(planned(NAMES[0]), norms)
+
+    first = observed(list(range(64)), 1)
+    assert first == observed(list(reversed(range(64))), 4)
+    whole = np.concatenate(pieces, axis=1).astype(np.float64)
+    lengths = np.sqrt((whole**2).sum(axis=1))
+    assert first.parts[0].ratio == pytest.approx(lengths[2] / lengths[:2].mean(), rel=1e-3)
+
+
+def test_a_report_survives_its_file_and_a_damaged_one_is_refused() -> None:
+    norms = Norms()
+    norms.observe(NAMES[0], 0, (array(1, 0), array(0, 1)), array(2.5, 0))
+    reading = Reading(model="merged", bits_per_byte=1.25, perplexity=3.5, tokens=10)
+    found = dataclasses.replace(report(planned(*NAMES), norms), text="notes.txt", readings=(reading,))
+    data = found.to_bytes()
+    assert Report.parse(data) == found
+    for before, after in (
+        (b'"version": 1', b'"version": 2'),
+        (b'"copied": 0', b'"copied": -1'),
+        (b'"ratio": 2.5', b'"ratio": "x"'),
+        (b'"text": "notes.txt"', b'"text": []'),
+        (b'"tokens": 10', b'"tokens": "x"'),
+        (b'"flags"', b'"flag"'),
+        (
+            b"{",
+            b"[",
+        ),
+        (b"}", b""),
+    ):
+        assert before in data
+        with pytest.raises(CorruptCheckpoint, match="not a sanity report"):
+            Report.parse(data.replace(before, after, 1))
