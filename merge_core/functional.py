@@ -8,7 +8,8 @@ template are copied. The same plan and donor give the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from merge_core.checkpoint.manifest import FUNCTIONAL_FILES, MAX_FUNCTIONAL_FILE
@@ -17,6 +18,8 @@ from merge_core.config_keys import CONFIG_KEYS
 from merge_core.errors import CorruptCheckpoint
 from merge_core.plan import MergePlan, Step
 from merge_core.recipe import DTYPES
+from merge_core.tokenizer import union
+from merge_core.tokenizer.union import Files, Tokenizers
 
 _DEPTH = 6
 _TEXT = 4096
@@ -25,24 +28,32 @@ _GENERATION_REFUSED = frozenset({"auto_map", "custom_generate", "cache_implement
 _TOKENIZER_REFUSED = frozenset({"auto_map", "name_or_path", "tokenizer_file"})
 
 
-Files = Callable[[], Mapping[str, bytes]]
-"""Gives the functional files of a model, by name, when they are needed."""
-
-
 def result_files(plan: MergePlan, inputs: Sequence[Files]) -> dict[str, bytes]:
     """The functional files of a plan's result from those of its inputs, by name, sorted.
 
-    Raises CorruptCheckpoint where a donor has no config, or one that is not what it should be.
+    Raises CorruptCheckpoint where a donor has no config, or one that is not what it should be, and
+    Unmergeable where the tokenizers do not go together.
     """
+    return dict(source_files(plan, inputs)[-1]())
+
+
+def source_files(plan: MergePlan, inputs: Sequence[Files]) -> list[Files]:
+    """The functional files of everything that a plan's steps take from: its inputs, and what they make."""
     sources = list(inputs)
     for step in plan.steps:
-        sources.append(_made_by(step, sources))
-    return dict(sources[-1]())
+        sources.append(_made_by(step, tuple(sources)))
+    return sources
 
 
 def _made_by(step: Step, sources: Sequence[Files]) -> Files:
-    donor = sources[step.donor]
-    return lambda: output_files(step, donor())
+    def make() -> dict[str, bytes]:
+        given = sources[step.donor]()
+        if step.tokenizer is not None:
+            others = {name: data for name, data in given.items() if name not in union.FILES}
+            given = {**others, **Tokenizers(step.tokenizer, sources).files}
+        return output_files(step, given)
+
+    return cache(make)
 
 
 def output_files(step: Step, donor_files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -63,10 +74,14 @@ def output_files(step: Step, donor_files: Mapping[str, bytes]) -> dict[str, byte
             data = _write(_config(_object(name, data), step))
         elif name == "generation_config.json":
             data = _write(_without(_object(name, data), _GENERATION_REFUSED))
-        elif name == "tokenizer_config.json" and _TOKENIZER_REFUSED & _object(name, data).keys():
-            data = _write(_without(_object(name, data), _TOKENIZER_REFUSED, plain=False))
+        elif name == "tokenizer_config.json":
+            refused = _TOKENIZER_REFUSED | ({"chat_template"} if step.chat_template is not None else set())
+            if refused & _object(name, data).keys():
+                data = _write(_without(_object(name, data), refused, plain=False))
         files[name] = data
-    return files
+    if step.chat_template is not None:
+        files["chat_template.jinja"] = step.chat_template.encode()
+    return dict(sorted(files.items()))
 
 
 def _config(config: Mapping[str, Any], step: Step) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.errors import CorruptCheckpoint
 from merge_core.execute.pool import Pool
 from merge_core.execute.work import Work
-from merge_core.functional import Files, result_files
+from merge_core.functional import result_files, source_files
 from merge_core.operators import COPY
 from merge_core.operators.base import Traced
 from merge_core.operators.scratch import scratch
 from merge_core.plan import CHUNK_ELEMENTS, MergePlan, Step, TensorPlan
 from merge_core.seeding import key
+from merge_core.tokenizer.aligned import Alignment
+from merge_core.tokenizer.union import Files
 from merge_core.trace import Trace, close
 
 
@@ -58,8 +60,12 @@ class Materials:
         self._traced: list[dict[str, Traced]] = [{} for _ in plan.steps]
         self._planned = [{tensor.name: tensor for tensor in step.tensors} for step in plan.steps]
         self.doubted: list[tuple[int, str]] = []
+        files = source_files(plan, [material.files for material in inputs])
+        self._aligned = [
+            Alignment(step, self._sources, files) if step.tokenizer else None for step in plan.steps
+        ]
         for index, step in enumerate(plan.steps):
-            self._check(step)
+            self._check(index, step)
             self._sources.append(_Computed(self, index, step))
 
     def work(self, step: int, tensor: str) -> Work:
@@ -67,7 +73,7 @@ class Materials:
         planned = self._planned[step][tensor]
         return Work(
             planned,
-            [self._sources[operand.source] for operand in planned.operands],
+            self._taken(step, planned),
             keys=[self._key(operand.source, tensor) for operand in planned.operands[-planned.experts :]],
             depth=step,
             chunk_elements=self._chunk,
@@ -119,11 +125,18 @@ class Materials:
         name = f"step {step}" if step >= 0 else self._plan.inputs[source]
         return key(self._plan.digest, name, tensor)
 
-    def _check(self, step: Step) -> None:
+    def _taken(self, step: int, planned: TensorPlan) -> Sequence[TensorSource]:
+        """What the operands of a tensor read from: the models, or their rows in the order of the output's."""
+        aligned = self._aligned[step]
+        if aligned is not None:
+            return aligned.operands(planned)
+        return [self._sources[operand.source] for operand in planned.operands]
+
+    def _check(self, index: int, step: Step) -> None:
         """Raise CorruptCheckpoint unless every source has the tensors that a step takes from it."""
         for planned in step.tensors:
-            for operand in planned.operands:
-                fault = _fault(planned, self._sources[operand.source].tensors.get(operand.tensor))
+            for operand, source in zip(planned.operands, self._taken(index, planned), strict=True):
+                fault = _fault(planned, source.tensors.get(operand.tensor))
                 if fault:
                     raise CorruptCheckpoint(
                         f"{self._name(operand.source)} {fault} {operand.tensor}", hint="weft plan RECIPE"
