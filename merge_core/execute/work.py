@@ -25,7 +25,7 @@ from merge_core.plan import CHUNK_ELEMENTS, TensorPlan
 
 T = TypeVar("T")
 
-_BLOCK_ELEMENTS = 1 << 15
+_BLOCK_ELEMENTS = 1 << 16
 
 
 class Work:
