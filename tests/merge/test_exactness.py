@@ -57,17 +57,20 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "model.norm.weight": (1,),
     "model.nothing.weight": (0, 8),
 }
-VALUES: Mapping[str, object] = {
-    "weight": "[1.0, 0.5, 0.75]",
-    "t": "[0.25, 0.7]",
-    "density": 0.4,
-    "epsilon": 0.1,
-    "gamma": 0.05,
-    "lambda": 0.8,
-    "select_topk": 0.3,
-    "scale": 0.7,
+VALUES: Mapping[str, str] = {
+    "weight": "[0.9, 0.35, 0.7]",
+    "t": "[0.23, 0.7]",
+    "density": "0.41",
+    "epsilon": "0.1",
+    "gamma": "0.05",
+    "lambda": "0.83",
+    "select_topk": "0.3",
+    "scale": "0.7",
 }
-"""What the recipes say where an operator knows the setting; the lists are gradients over the layers."""
+"""What the recipes say where an operator knows the setting; a list is a gradient over the layers."""
+
+LAST_WEIGHT = "0.57"
+"""What the last model says itself where weights are given for each."""
 
 RUNS = ((1, 1), (2, 1), (4, 2), (1, 8))
 """(threads, chunk size in units of the usual one)."""
@@ -84,10 +87,10 @@ CHANGES = 200
 
 
 def draw(words: str, count: int) -> np.ndarray:
-    """Float32 of about ±0.06, bell-shaped, drawn from the words alone."""
+    """Float32 of about ±0.07 with full mantissas, bell-shaped, drawn from the words alone."""
     raw = hashlib.shake_256(words.encode()).digest(4 * count)
     halves = np.frombuffer(raw, "<i2").astype(np.float32).reshape(2, count)
-    return (halves[0] + halves[1]) / np.float32(2**20)
+    return (halves[0] + halves[1]) * np.float32(1.1 / 2**20)
 
 
 def write_trio(folder: Path) -> None:
@@ -112,11 +115,13 @@ def recipe_of(method: str, folder: Path) -> str:
     _, most = operator.experts
     experts = (MODELS[1:] if operator.needs_base else MODELS)[:most]
     settings = "".join(f"  {p.name}: {VALUES[p.name]}\n" for p in operator.parameters if p.name in VALUES)
+    last = f"    parameters: {{weight: {LAST_WEIGHT}}}\n" if operator.parameter("weight") else ""
     return (
         f"merge_method: {method}\n"
         + (f"base_model: {folder / 'base'}\n" if operator.needs_base else "")
         + "dtype: bfloat16\nmodels:\n"
         + "".join(f"  - model: {folder / model}\n" for model in experts)
+        + last
         + (f"parameters:\n{settings}" if settings else "")
     )
 
