@@ -23,7 +23,7 @@ from node.domain.negotiation import Purpose
 from node.errors import NotEnoughPeers
 from node.identity.envelopes import Envelope
 from node.jobs.runner import Attempt
-from node.merging.references import LocalDirectory, Published, parse_reference
+from node.merging.references import LocalDirectory, Published, nowhere_here, parse_reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +124,7 @@ class LocalParents:
         if isinstance(found, Published):
             path = self._known.find(found.model_id)
         if path is None:
-            raise NotEnoughPeers(
-                f"{reference} is not on this machine", hint="weft up -d, so that it is fetched; then again"
-            )
+            raise nowhere_here(reference)
         parent = await asyncio.to_thread(local_parent, reference, path, self._hashes, attempt)
         if isinstance(found, Published) and parent.model_id != found.model_id:
             raise NotEnoughPeers(f"{path} no longer holds {found.model_id}", hint=f"weft verify {path}")

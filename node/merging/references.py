@@ -1,6 +1,7 @@
-"""What a recipe's `model:` may say: a directory here, a model id, a peer's model, or a name in the catalogue.
+"""What a recipe's `model:` may say: a directory, a hub id, a model id, a peer's model, a catalogue's name.
 
 ./experts/math                      a directory on this machine
+org/name, org/name@revision         a model that was downloaded from the hub, in the cache of its tools
 sha256:…                            a model id, whoever holds it
 peer://12D3KooW…/sha256:…           a model id, from one peer
 math-expert                         a name that the catalogue knows exactly once
@@ -16,6 +17,8 @@ from merge_core.digest import ModelId
 from merge_core.errors import InvalidRecipe
 from merge_core.recipe import Recipe, rename
 from node.domain.ids import PeerId
+from node.errors import NotEnoughPeers
+from node.merging import hub
 
 _PEER = "peer://"
 
@@ -63,6 +66,10 @@ def parse_reference(text: str, folder: Path | None) -> Reference:
         path = folder.absolute() / path
     if path.is_absolute() and (path.is_dir() or text.startswith((".", "/", "~"))):
         return LocalDirectory(path.absolute())
+    hub_model = hub.parse(text)
+    cached = hub.find(hub_model) if hub_model else None
+    if cached is not None:
+        return LocalDirectory(cached.absolute())
     if text.startswith("."):
         raise InvalidRecipe(f"{text[:120]} is relative to nothing here", hint="give an absolute path")
     return Named(text)
@@ -71,6 +78,16 @@ def parse_reference(text: str, folder: Path | None) -> Reference:
 def is_local(recipe: Recipe, folder: Path) -> bool:
     """Whether every model of the recipe is a directory on this machine: then no node is needed."""
     return all(isinstance(parse_reference(model, folder), LocalDirectory) for model in recipe.models)
+
+
+def nowhere_here(reference: str) -> NotEnoughPeers:
+    """The error for a model that is not on this machine where no node is asked, with what brings it here."""
+    model = hub.parse(reference)
+    if model is not None:
+        return NotEnoughPeers(f"{reference} is not in the Hugging Face cache", hint=model.download)
+    return NotEnoughPeers(
+        f"{reference} is not on this machine", hint="weft up -d, so that it is fetched; then again"
+    )
 
 
 def absolute(recipe: Recipe, folder: Path) -> Recipe:

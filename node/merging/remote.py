@@ -23,6 +23,7 @@ from node.domain.negotiation import Purpose
 from node.errors import NotEnoughPeers
 from node.exchange.lookup import read_config, read_manifest
 from node.jobs.runner import Attempt
+from node.merging import hub
 from node.merging.acquire import Acquisition
 from node.merging.overlay import Overlay
 from node.merging.parents import LocalParents, Obtained, OnDisk, Parent, local_parent, on_disk
@@ -97,7 +98,9 @@ class NetworkParents:
         found |= {listing.model.model_id for listing in advertised if listing.model.name == name}
         if len(found) != 1:
             why = f"{len(found)} models are called {name!r}" if found else f"no model is called {name!r}"
-            raise NotEnoughPeers(why, hint=f"weft search {name}; then use the model id")
+            on_hub = None if found else hub.parse(name)
+            hint = on_hub.download if on_hub else f"weft search {name}; then use the model id"
+            raise NotEnoughPeers(why, hint=hint)
         return Published(found.pop())
 
 
