@@ -104,7 +104,7 @@ def test_what_was_not_observed_or_overflows_is_not_measured() -> None:
 
 def test_the_order_of_threads_does_not_show() -> None:
     """After a large square many small ones vanish that together would show before it."""
-    pieces = [array(1e8), *[array(1)] * 64]
+    pieces = [array(2.0**27), *[array(1)] * 64]
 
     def observed(order: list[int], threads: int) -> dict[str, tuple[float, ...]]:
         norms = Norms()
@@ -115,7 +115,11 @@ def test_the_order_of_threads_does_not_show() -> None:
                 future.result()
         return norms.taken()
 
-    assert observed(list(range(65)), 1) == observed(list(reversed(range(65))), 4) == {NAMES[0]: (1e8, 1e8)}
+    assert (
+        observed(list(range(65)), 1)
+        == observed(list(reversed(range(65))), 4)
+        == {NAMES[0]: (2.0**27, 2.0**27)}
+    )
 
 
 def test_a_report_survives_its_file_and_a_damaged_one_is_refused() -> None:
