@@ -7,8 +7,9 @@ convert      stored bytes to float32 and back
 kernels      the compiled steps of the formulas that many merges use
 reductions   sums over a tensor with fixed bits
 scratch      memory that a thread uses again for every chunk
-karcher  linear  model_stock  nearswap  nuslerp  passthrough  ram  ramplus_tl  slerp  task_arithmetic  ties
-             the formulas
+task_vectors, trimming, chance, consensus     what the operators on task vectors share
+breadcrumbs  dare  della  karcher  linear  model_stock  nearswap  nuslerp  passthrough  ram  ramplus_tl
+sce  slerp  task_arithmetic  ties             the formulas
 
 A package of yours adds an operator with an entry point of the group `weft.operators`, whose name is the
 operator's. The declarations import neither torch nor numba.
@@ -21,6 +22,9 @@ from importlib.metadata import entry_points
 
 from merge_core.errors import InvalidRecipe
 from merge_core.operators.base import Operator
+from merge_core.operators.breadcrumbs import BREADCRUMBS, BREADCRUMBS_TIES
+from merge_core.operators.dare import DARE_LINEAR, DARE_TIES
+from merge_core.operators.della import DELLA, DELLA_LINEAR
 from merge_core.operators.karcher import KARCHER
 from merge_core.operators.linear import LINEAR
 from merge_core.operators.model_stock import MODEL_STOCK
@@ -29,6 +33,7 @@ from merge_core.operators.nuslerp import NUSLERP
 from merge_core.operators.passthrough import COPY, PASSTHROUGH
 from merge_core.operators.ram import RAM
 from merge_core.operators.ramplus_tl import RAMPLUS_TL
+from merge_core.operators.sce import SCE
 from merge_core.operators.slerp import SLERP
 from merge_core.operators.task_arithmetic import TASK_ARITHMETIC
 from merge_core.operators.ties import TIES
@@ -40,6 +45,12 @@ __all__ = ["COPY", "GROUP", "METHODS", "find", "installed", "names"]
 METHODS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
+        BREADCRUMBS,
+        BREADCRUMBS_TIES,
+        DARE_LINEAR,
+        DARE_TIES,
+        DELLA,
+        DELLA_LINEAR,
         KARCHER,
         LINEAR,
         MODEL_STOCK,
@@ -48,6 +59,7 @@ METHODS: dict[str, Operator] = {
         PASSTHROUGH,
         RAM,
         RAMPLUS_TL,
+        SCE,
         SLERP,
         TASK_ARITHMETIC,
         TIES,

@@ -1,4 +1,4 @@
-"""Sign consensus: of the weighted task vectors, average only those that pull in the elected direction.
+"""Sign consensus: of the weighted task vectors, add only those that pull in the elected direction.
 
 The second half of TIES (arXiv:2306.01708), which other operators share.
 """
@@ -17,25 +17,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def agreeing(weighted: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+def agreeing(
+    rows: Sequence[Tensor], weights: Sequence[float], *, normalize: bool, factors: Sequence[float] = ()
+) -> Tensor:
     """The sum of those that have, element by element, the sign of the sum of all; zero counts as plus.
 
-    With `normalize` it is divided by the sum of their weights, where anybody agrees and that is not zero.
+    They are added times their `factors`, or as they are. With `normalize` the sum is divided by that of
+    their weights, where anybody agrees and that is not zero. A NaN shows even in those that do not agree.
     """
-    total = weighted[0]
-    for delta in weighted[1:]:
-        total = total + delta
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
     positive = total >= 0
     mixed, divisor = total.new_zeros(total.shape), total.new_zeros(total.shape)
-    for delta, weight in zip(weighted, weights, strict=True):
-        agrees = (delta > 0).where(positive, delta < 0)
-        mixed = mixed + delta.where(agrees, 0.0)
-        divisor = divisor + agrees.to(delta.dtype) * single(weight)
+    for row, factor, weight in zip(rows, factors or [1.0] * len(rows), weights, strict=True):
+        agrees = (row > 0).where(positive, row < 0).to(row.dtype)
+        mixed = mixed + row * (agrees * single(factor))
+        divisor = divisor + agrees * single(weight)
     return mixed / divisor.where(divisor != 0, 1.0) if normalize else mixed
 
 
-def agreeing_into(weighted: NDArray[Any], weights: Sequence[float], normalize: bool, out: Array) -> None:
-    """`agreeing`, compiled; `weighted` is float32 of shape (experts, elements)."""
+def agreeing_into(
+    rows: NDArray[Any],
+    weights: Sequence[float],
+    out: Array,
+    *,
+    normalize: bool,
+    factors: Sequence[float] = (),
+) -> None:
+    """`agreeing`, compiled; `rows` is float32 of shape (experts, elements)."""
     from merge_core.operators import kernels
 
-    kernels.agree(weighted, np.array(weights, np.float32), normalize, out)
+    taken = np.array(factors or [1.0] * len(rows), np.float32)
+    kernels.agree(rows, taken, np.array(weights, np.float32), normalize, out)

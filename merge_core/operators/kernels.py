@@ -100,41 +100,32 @@ def add_to_base(base: Any, weight: Any, out: Any) -> None:
 
 
 @kernel
-def keep_above(x: Any, base: Any, level: Any, ties: Any, weight: Any, out: Any) -> None:
-    """out = (x − base)·w where |x − base| is above `level`, or equal and among the first `ties`; else 0·w."""
-    for i in range(out.size):
-        delta = x[i] - base[i]
-        magnitude = abs(delta)
-        kept = (magnitude > level) | ((magnitude == level) & (i < ties))
-        out[i] = (delta if kept else np.float32(0.0)) * weight
+def agree(rows: Any, factors: Any, weights: Any, normalize: bool, out: Any) -> None:
+    """Σ rows·factors over those rows that have the sign of the sum of all, over the sum of their `weights`.
 
-
-@kernel
-def agree(weighted: Any, weights: Any, normalize: bool, out: Any) -> None:
-    """The sum of those rows of `weighted` that have the sign of the sum of all, over their `weights`.
-
-    A sum of zero counts as plus; without `normalize`, and where nobody agrees, nothing is divided.
+    A sum of zero counts as plus; without `normalize`, and where nobody agrees, nothing is divided. Those who
+    do not agree are multiplied by zero, so that a NaN among them shows.
     """
-    experts, length = weighted.shape
-    positive = np.empty(BLOCK, np.bool_)
+    experts, length = rows.shape
+    elected = np.empty(BLOCK, np.float32)
     divisor = np.empty(BLOCK, np.float32)
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
         total = out[start : start + size]
-        total[:] = weighted[0, start : start + size]
-        for k in range(1, experts):
-            row = weighted[k, start : start + size]
-            for i in range(size):
-                total[i] = total[i] + row[i]
         for i in range(size):
-            positive[i] = total[i] >= 0
-            total[i] = 0.0
-            divisor[i] = 0.0
-        for k in range(experts):
-            row, weight = weighted[k, start : start + size], weights[k]
+            elected[i] = rows[0, start + i]
+            total[i] = divisor[i] = 0.0
+        for k in range(1, experts):
+            row = rows[k, start : start + size]
             for i in range(size):
-                agrees = (row[i] > 0) if positive[i] else (row[i] < 0)
-                total[i] = total[i] + (row[i] if agrees else np.float32(0.0))
+                elected[i] = elected[i] + row[i]
+        for k in range(experts):
+            row, factor, weight = rows[k, start : start + size], factors[k], weights[k]
+            erased = np.float32(0.0) * factor
+            for i in range(size):
+                positive = elected[i] >= 0
+                agrees = ((row[i] > 0) & positive) | ((row[i] < 0) & (not positive))
+                total[i] = total[i] + row[i] * (factor if agrees else erased)
                 divisor[i] = divisor[i] + (weight if agrees else np.float32(0.0))
         if normalize:
             for i in range(size):
@@ -149,10 +140,13 @@ def delta_magnitude(x: Any, base: Any, out: Any) -> None:
 
 
 @kernel
-def count_upper(bits: Any, counts: Any) -> None:
-    """Count 32 bit patterns by their upper 16 bits."""
+def count_upper(bits: Any, counts: Any) -> Any:
+    """Count 32 bit patterns by their upper 16 bits; how many are zero as a whole."""
+    zeros = 0
     for i in range(bits.size):
         counts[bits[i] >> np.uint32(16)] += 1
+        zeros += bits[i] == np.uint32(0)
+    return zeros
 
 
 @kernel
@@ -215,3 +209,151 @@ def add_mean_to_base(base: Any, count: Any, out: Any) -> None:
     """out = base + out / count, where `count` is over 1."""
     for i in range(out.size):
         out[i] = base[i] + out[i] / (count[i] if count[i] > 1 else np.float32(1.0))
+
+
+@kernel
+def add(x: Any, out: Any) -> None:
+    """out = out + x."""
+    for i in range(out.size):
+        out[i] = out[i] + x[i]
+
+
+@kernel
+def philox(low: Any, high: Any, first: int, out: Any) -> None:
+    """Philox4x32-10: four draws of 32 bits for each counter from `first` on; whole counters only."""
+    m0, m1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+    for quad in range(out.size // 4):
+        counter = np.uint64(first + quad)
+        c0, c1 = np.uint32(counter), np.uint32(counter >> np.uint64(32))
+        c2, c3 = np.uint32(0), np.uint32(0)
+        k0, k1 = low, high
+        for _ in range(10):
+            p0, p1 = m0 * np.uint64(c0), m1 * np.uint64(c2)
+            c0 = np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0
+            c2 = np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1
+            c1, c3 = np.uint32(p1), np.uint32(p0)
+            k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
+        out[4 * quad] = c0
+        out[4 * quad + 1] = c1
+        out[4 * quad + 2] = c2
+        out[4 * quad + 3] = c3
+
+
+@kernel
+def keep_by_chance(
+    x: Any, base: Any, low: Any, high: Any, start: int, limit: Any, scale: Any, out: Any
+) -> None:
+    """out = (x − base)·s where an element's draw is below `limit`, else (x − base)·0."""
+    dropped = np.float32(0.0) * scale
+    draws = np.empty(BLOCK + 8, np.uint32)
+    skip = start % 4
+    for at in range(0, out.size, BLOCK):
+        size = min(BLOCK, out.size - at)
+        philox(low, high, (start + at) // 4, draws[: (skip + size + 3) // 4 * 4])
+        drawn, row, origin, target = draws[skip:], x[at:], base[at:], out[at:]
+        for i in range(size):
+            target[i] = (row[i] - origin[i]) * (scale if drawn[i] < limit else dropped)
+
+
+@kernel
+def rank_keys(x: Any, base: Any, width: int, out: Any) -> None:
+    """What sorts each row of `width` elements by |x − base|, ties by index: its bits, then the index.
+
+    A NaN lies above all; they tie.
+    """
+    bits = np.empty(BLOCK, np.uint32)
+    delta = bits.view(np.float32)
+    for row in range(0, out.size, width):
+        for at in range(0, width, BLOCK):
+            size, start = min(BLOCK, width - at), row + at
+            for i in range(size):
+                delta[i] = x[start + i] - base[start + i]
+            for i in range(size):
+                magnitude = min(bits[i] & np.uint32(0x7FFFFFFF), np.uint32(0x7F800001))
+                out[start + i] = np.uint64(magnitude) << np.uint64(32) | np.uint64(at + i)
+
+
+@kernel
+def keep_by_rank(
+    x: Any, base: Any, ranked: Any, low: Any, high: Any, start: int, limits: Any, scales: Any, out: Any
+) -> None:
+    """out = (x − base)·scales[r] where an element's draw is below limits[r], else (x − base)·0.
+
+    r counts the elements before it in its row, of as many as `limits` has; `ranked` are the sorted `rank_keys`.
+    """
+    width = limits.size
+    draws = np.empty(width + 8, np.uint32)
+    kept = np.empty(width, np.float32)
+    for row in range(0, out.size, width):
+        skip = (start + row) % 4
+        philox(low, high, (start + row) // 4, draws[: (skip + width + 3) // 4 * 4])
+        for rank in range(width):
+            i = np.uint32(ranked[row + rank])
+            # A product, not a choice: nobody predicts a branch on chance.
+            kept[i] = scales[rank] * np.float32(draws[skip + i] < limits[rank])
+        for i in range(width):
+            out[row + i] = (x[row + i] - base[row + i]) * kept[i]
+
+
+@kernel
+def keep_between(
+    x: Any, base: Any, level: Any, ties: Any, outlier: Any, outlier_ties: Any, scale: Any, out: Any
+) -> None:
+    """out = (x − base)·s where |x − base| is above `level` but not above `outlier`, else (x − base)·0.
+
+    What equals one of the two counts as above it when it is among the first `ties`.
+    """
+    dropped = np.float32(0.0) * scale
+    for i in range(out.size):
+        delta = x[i] - base[i]
+        magnitude = abs(delta)
+        kept = (magnitude > level) | ((magnitude == level) & (i < ties))
+        kept &= not ((magnitude > outlier) | ((magnitude == outlier) & (i < outlier_ties)))
+        out[i] = delta * (scale if kept else dropped)
+
+
+@kernel
+def variance(rows: Any, out: Any) -> None:
+    """The variance of each column of `rows` about its mean, both divided by the number of rows."""
+    count, length = rows.shape
+    divisor = np.float32(count)
+    mean = np.empty(BLOCK, np.float32)
+    for start in range(0, length, BLOCK):
+        size = min(BLOCK, length - start)
+        target = out[start : start + size]
+        for i in range(size):
+            mean[i] = rows[0, start + i]
+            target[i] = 0.0
+        for k in range(1, count):
+            row = rows[k, start : start + size]
+            for i in range(size):
+                mean[i] = mean[i] + row[i]
+        for i in range(size):
+            mean[i] = mean[i] / divisor
+        for k in range(count):
+            row = rows[k, start : start + size]
+            for i in range(size):
+                off = row[i] - mean[i]
+                target[i] = target[i] + off * off
+        for i in range(size):
+            target[i] = target[i] / divisor
+
+
+@kernel
+def select(measure: Any, level: Any, ties: Any, rows: Any) -> None:
+    """Multiply `rows` by 1 in columns where `measure` is above `level`, or equal and early enough; else 0."""
+    for k in range(rows.shape[0]):
+        row = rows[k]
+        for i in range(measure.size):
+            kept = (measure[i] > level) | ((measure[i] == level) & (i < ties))
+            row[i] = row[i] * (np.float32(1.0) if kept else np.float32(0.0))
+
+
+@kernel
+def magnitude_sums(x: Any, width: int, out: Any) -> None:
+    """Σ|x| of each run of `width` elements, from left to right in float64."""
+    for run in range(out.size):
+        total = 0.0
+        for i in range(run * width, min((run + 1) * width, x.size)):
+            total += np.float64(abs(x[i]))
+        out[run] = total

@@ -7,7 +7,7 @@ elementwise additions, which every machine rounds alike); the blocks are added i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -43,12 +43,17 @@ def gram(stream: Stream, *, deltas: bool = False) -> list[list[float]]:
         for pair, values in enumerate(blocks):
             for value in values:
                 sums[pair] += value
+    require_finite(sums)
+    return _square(sums)
+
+
+def require_finite(sums: Iterable[float]) -> None:
+    """Raise Unmergeable unless all sums over the weights are finite: nothing can be measured then."""
     if not all(map(math.isfinite, sums)):
         raise Unmergeable(
             "its weights hold NaN or infinity, and their lengths and angles are needed",
             hint="leave out the model whose weights are damaged",
         )
-    return _square(sums)
 
 
 def _deltas(chunk: Chunk) -> tuple[Array, ...]:

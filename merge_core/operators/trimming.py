@@ -7,21 +7,26 @@ tie at the threshold the lowest indices are taken. What comes out is a Cut: two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merge_core.errors import CorruptCheckpoint
-from merge_core.operators.base import Array, Chunk, Stream
+from merge_core.operators.base import Array, Chunk, Stream, Traced
 from merge_core.operators.scratch import scratch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Magnitudes = Callable[[Chunk], Array]
 """What is compared, for the elements of one chunk: float32, none negative; its memory may be used again."""
 
-_Counts = NDArray[np.int64]
-_BINS = 1 << 16
+_Counts = NDArray[Any]
+_BINS = 1 << 15
+"""The patterns of the upper 16 bits of what has no sign."""
+_INFINITY = 0x7F800000
 
 
 class Cut(NamedTuple):
@@ -30,21 +35,42 @@ class Cut(NamedTuple):
     threshold: int
     last: int
 
-    @property
-    def level(self) -> np.float32:
-        """The threshold as a number; raises CorruptCheckpoint when it cannot be a magnitude."""
+    def within(self, chunk: Chunk) -> tuple[np.float32, int]:
+        """The least magnitude, and how many elements from the start of a chunk are taken when they equal it.
+
+        Raises CorruptCheckpoint when the threshold cannot be a magnitude.
+        """
         if not 0 <= self.threshold < 1 << 31:
             raise CorruptCheckpoint(f"{self.threshold} in the trace is not the bits of a magnitude")
-        return np.uint32(self.threshold).view(np.float32)
+        ties = min(max(self.last + 1 - chunk.start, 0), len(chunk.arrays[0]))
+        return np.uint32(self.threshold).view(np.float32), ties
 
-    def ties(self, chunk: Chunk) -> int:
-        """How many elements of a chunk, from its start, are taken when they are equal to the threshold."""
-        return min(max(self.last + 1 - chunk.start, 0), len(chunk.arrays[0]))
+
+NOTHING = Cut(_INFINITY, -1)
+"""The cut that nothing lies above."""
+
+
+def trace_cuts(found: Sequence[Cut], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Cuts as a Trace holds them."""
+    return {prefix + name: tuple(getattr(cut, name) for cut in found) for name in Cut._fields}
+
+
+def cut_at(traced: Traced, index: int, prefix: str = "") -> Cut:
+    """One of the cuts that a Trace holds."""
+    return Cut(*(int(traced[prefix + name][index]) for name in Cut._fields))
+
+
+def taken(magnitude: Tensor, chunk: Chunk, cut: Cut) -> Tensor:
+    """Which elements of a chunk lie above a cut; a NaN does not."""
+    level, ties = cut.within(chunk)
+    keep = magnitude > float(level)
+    keep[:ties] |= magnitude[:ties] == float(level)
+    return keep
 
 
 def kept(density: float, length: int) -> int:
-    """How many of `length` elements a density keeps: ⌊density·length⌋, but never none."""
-    return min(length, max(1, int(density * length)))
+    """How many of `length` elements a density keeps: ⌊density·length⌋, but none only if the density is 0."""
+    return min(length, max(1, int(density * length))) if density > 0 else 0
 
 
 def delta_magnitudes(expert: int) -> Magnitudes:
@@ -59,54 +85,85 @@ def delta_magnitudes(expert: int) -> Magnitudes:
     return of
 
 
-def cuts(stream: Stream, compared: Sequence[Magnitudes], keep: Sequence[int]) -> list[Cut]:
+class Uppers(NamedTuple):
+    """How often each pattern of the upper 16 bits occurs in what is compared, and zero itself."""
+
+    counts: _Counts
+    zeros: int
+
+
+def uppers(stream: Stream, compared: Iterable[Magnitudes]) -> dict[Magnitudes, Uppers]:
+    """Count, in one pass, the upper halves of the bits of each of `compared`."""
+    from merge_core.operators import kernels
+
+    totals = {magnitudes: Uppers(np.zeros(_BINS, np.int64), 0) for magnitudes in compared}
+
+    def count(chunk: Chunk) -> list[tuple[Magnitudes, _Counts, int]]:
+        found = []
+        for magnitudes in totals:
+            counts = np.zeros(_BINS, np.int32)
+            found.append((magnitudes, counts, kernels.count_upper(magnitudes(chunk).view(np.uint32), counts)))
+        return found
+
+    for found in stream.map(count):
+        for magnitudes, counts, zeros in found:
+            total = totals[magnitudes]
+            total.counts[:] += counts
+            totals[magnitudes] = total._replace(zeros=total.zeros + zeros)
+    return totals
+
+
+def cuts(
+    stream: Stream,
+    compared: Sequence[Magnitudes],
+    keep: Sequence[int],
+    counted: Mapping[Magnitudes, Uppers] | None = None,
+) -> list[Cut]:
     """Find, for each of `compared`, the cut above which its `keep` largest elements lie.
 
-    Where all are kept the threshold is 0 and the last index that of the tensor, and nothing is read.
+    Where all or none are kept nothing is read. What stands in `compared` twice is counted once; `counted`
+    are its `uppers`, if they are known.
     """
-    found = [Cut(0, stream.length - 1)] * len(compared)
-    sought = {at: count for at, count in enumerate(keep) if count < stream.length}
+    found = [Cut(0, stream.length - 1) if count else NOTHING for count in keep]
+    sought = {at: compared[at] for at, count in enumerate(keep) if 0 < count < stream.length}
     if not sought:
         return found
-    uppers = {at: _select(counts, sought[at]) for at, counts in _histograms(stream, compared, sought).items()}
-    bins = {at: upper for at, (upper, _) in uppers.items()}
+    counted = counted or uppers(stream, sought.values())
+    selected = {at: _select(counted[magnitudes].counts, keep[at]) for at, magnitudes in sought.items()}
+    lowers = _lowers(stream, sought, {at: upper for at, (upper, _) in selected.items()})
     among_ties = {}
-    for at, counts in _histograms(stream, compared, sought, bins).items():
-        lower, rank = _select(counts, uppers[at][1])
-        found[at] = Cut(bins[at] << 16 | lower, stream.length - 1)
+    for at, counts in lowers.items():
+        upper, rank = selected[at]
+        lower, rank = _select(counts, rank)
+        found[at] = Cut(upper << 16 | lower, stream.length - 1)
         if rank < counts[lower]:
             among_ties[at] = rank
     if among_ties:
         thresholds = {at: found[at].threshold for at in among_ties}
-        for at, index in _locate(stream, compared, thresholds, among_ties).items():
+        for at, index in _locate(stream, sought, thresholds, among_ties).items():
             found[at] = Cut(found[at].threshold, index)
     return found
 
 
-def _histograms(
-    stream: Stream,
-    compared: Sequence[Magnitudes],
-    sought: Mapping[int, Any],
-    bins: Mapping[int, int] | None = None,
-) -> dict[int, _Counts]:
-    """Count, in one pass, the upper halves of the bits; the lower halves of those in the `bins`, if given."""
+def _lowers(stream: Stream, sought: Mapping[int, Magnitudes], bins: Mapping[int, int]) -> dict[int, _Counts]:
+    """Count, in one pass, the lower halves of those bits whose upper half is the bin of a cut."""
     from merge_core.operators import kernels
 
-    totals = {at: np.zeros(_BINS, np.int64) for at in sought}
+    totals = {at: np.zeros(1 << 16, np.int64) for at in sought}
 
-    def count(chunk: Chunk) -> dict[int, _Counts]:
-        counts = {at: np.zeros(_BINS, np.int64) for at in sought}
-        for at, counted in counts.items():
-            bits = compared[at](chunk).view(np.uint32)
-            if bins is None:
-                kernels.count_upper(bits, counted)
-            else:
-                kernels.count_lower(bits, np.uint32(bins[at]), counted)
-        return counts
+    def count(chunk: Chunk) -> list[tuple[int, _Counts]]:
+        found = []
+        for magnitudes in dict.fromkeys(sought.values()):
+            bits = magnitudes(chunk).view(np.uint32)
+            for at in (at for at, same in sought.items() if same is magnitudes):
+                counts = np.zeros(1 << 16, np.int32)
+                kernels.count_lower(bits, np.uint32(bins[at]), counts)
+                found.append((at, counts))
+        return found
 
-    for counts in stream.map(count):
-        for at, counted in counts.items():
-            totals[at] += counted
+    for found in stream.map(count):
+        for at, counts in found:
+            totals[at] += counts
     return totals
 
 
@@ -114,18 +171,18 @@ def _select(counts: _Counts, keep: int) -> tuple[int, int]:
     """The bin in which the `keep`-th largest value lies, and how many of that bin's values stay."""
     from_above = np.cumsum(counts[::-1])
     place = int(np.searchsorted(from_above, keep))
-    return _BINS - 1 - place, keep - (int(from_above[place - 1]) if place else 0)
+    return len(counts) - 1 - place, keep - (int(from_above[place - 1]) if place else 0)
 
 
 def _locate(
-    stream: Stream, compared: Sequence[Magnitudes], thresholds: Mapping[int, int], nth: Mapping[int, int]
+    stream: Stream, sought: Mapping[int, Magnitudes], thresholds: Mapping[int, int], nth: Mapping[int, int]
 ) -> dict[int, int]:
     """The index of the n-th (from 1) element whose bits are the threshold."""
     rest, found = dict(nth), {}
 
     def at_threshold(chunk: Chunk) -> tuple[int, dict[int, NDArray[np.intp]]]:
         hits = {
-            at: np.flatnonzero(compared[at](chunk).view(np.uint32) == bits) for at, bits in thresholds.items()
+            at: np.flatnonzero(sought[at](chunk).view(np.uint32) == bits) for at, bits in thresholds.items()
         }
         return chunk.start, hits
 

@@ -1,0 +1,207 @@
+"""What the operators on task vectors share: `W₀ + λ·Σ wᵢ·thin(Wᵢ − W₀)`, the sum plain or by consensus.
+
+Each of them says in its own file how it thins out a task vector: a Thinning. `operator` makes an Operator of
+it: thin, weigh, add all (or those that agree in sign, `consensus`), divide by the weights if asked, and add
+to the base. A thinning multiplies what it drops by zero, so that a NaN or an infinity shows in the result.
+
+A thinned vector can be scaled back to the L1 norm that it had, by one traced factor for each expert: that is
+what mergekit calls `rescale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge_core.operators.base import (
+    Array,
+    Chunk,
+    Exactness,
+    Measure,
+    Operator,
+    Parameter,
+    Parameters,
+    Stream,
+    Traced,
+    divide_by,
+    each,
+    number,
+    single,
+    sum_of,
+)
+from merge_core.operators.consensus import agreeing, agreeing_into
+from merge_core.operators.scratch import scratch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskVector:
+    """One expert's difference from the base in a chunk, and the `factor` that it is merged with.
+
+    `expert` counts from 0.
+    """
+
+    chunk: Chunk
+    expert: int
+    parameters: Parameters
+    traced: Traced
+    factor: float
+
+    def own(self, name: str) -> float:
+        """A parameter of this expert."""
+        return each(self.parameters, name)[self.expert]
+
+    @property
+    def delta(self) -> Tensor:
+        """Wᵢ − W₀."""
+        return self.chunk.tensors[1 + self.expert] - self.chunk.tensors[0]
+
+    @property
+    def operands(self) -> tuple[Array, Array]:
+        """Wᵢ and W₀."""
+        return self.chunk.arrays[1 + self.expert], self.chunk.arrays[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thinning:
+    """How a family of operators thins out a task vector.
+
+    `apply` gives δ·factor where an element is kept and δ·0 elsewhere, `compiled` writes the same bits.
+    `norm` names the flag that asks for the L1 norm to be restored, `traces` what `measure` returns: integers,
+    one for each expert. The rest is as in Operator.
+    """
+
+    cite: str
+    exactness: Exactness
+    apply: Callable[[TaskVector], Tensor]
+    compiled: Callable[[TaskVector, Array], None]
+    parameters: tuple[Parameter, ...] = ()
+    norm: str | None = None
+    measure: Measure | None = None
+    passes: int = 0
+    traces: tuple[str, ...] = ()
+    rows: bool = False
+
+    def restores_norm(self, parameters: Parameters) -> bool:
+        """Whether the L1 norm of what is thinned out is restored."""
+        return self.norm is not None and bool(parameters.get(self.norm, False))
+
+
+DENSITY = Parameter(name="density", each=True, default=1.0, low=0.0, high=1.0)
+"""The share of the elements that is kept; 1 keeps all as they are."""
+
+
+def operator(name: str, thinning: Thinning, *, consensus: bool, normalize: bool) -> Operator:
+    """The operator that adds what `thinning` leaves; `normalize` is the default of that parameter."""
+
+    def apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
+        weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
+        vectors = [thinning.apply(vector) for vector in _vectors(chunk, parameters, traced)]
+        if consensus:
+            mixed = agreeing(vectors, weights, normalize=normal)
+        else:
+            mixed = vectors[0]
+            for vector in vectors[1:]:
+                mixed = mixed + vector
+            mixed = mixed / sum_of(weights) if normal else mixed
+        return chunk.tensors[0] + mixed * single(number(parameters, "lambda"))
+
+    def compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+        from merge_core.operators import kernels
+
+        weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
+        vectors = _vectors(chunk, parameters, traced)
+        if consensus:
+            rows = scratch("task vectors", len(weights) * len(out), np.float32).reshape(len(weights), -1)
+            for vector, row in zip(vectors, rows, strict=True):
+                thinning.compiled(vector, row)
+            agreeing_into(rows, weights, out, normalize=normal)
+        else:
+            thinning.compiled(next(vectors), out)
+            row = scratch("task vectors", len(out), np.float32)
+            for vector in vectors:
+                thinning.compiled(vector, row)
+                kernels.add(row, out)
+            if normal:
+                divide_by(sum_of(weights), out)
+        kernels.add_to_base(chunk.arrays[0], np.float32(number(parameters, "lambda")), out)
+
+    def measure(stream: Stream, parameters: Parameters) -> Traced:
+        traced = dict(thinning.measure(stream, parameters)) if thinning.measure else {}
+        if thinning.restores_norm(parameters):
+            traced["norm"] = _norm_factors(stream, parameters, traced, thinning)
+        return traced
+
+    def traces(parameters: Parameters, experts: int) -> Mapping[str, tuple[int, type]]:
+        found: dict[str, tuple[int, type]] = dict.fromkeys(thinning.traces, (experts, int))
+        return found | ({"norm": (experts, float)} if thinning.restores_norm(parameters) else {})
+
+    return Operator(
+        name=name,
+        cite=thinning.cite,
+        exactness=thinning.exactness,
+        needs_base=True,
+        experts=(1, None),
+        parameters=(
+            Parameter(name="weight", each=True),
+            *thinning.parameters,
+            Parameter(name="lambda", default=1.0),
+            Parameter(name="normalize", default=normalize, flag=True),
+        ),
+        apply=apply,
+        compiled=compiled,
+        measure=measure if thinning.measure or thinning.norm else None,
+        passes=thinning.passes + (thinning.norm is not None),
+        traces=traces,
+        rows=thinning.rows,
+    )
+
+
+def _vectors(chunk: Chunk, parameters: Parameters, traced: Traced) -> Iterator[TaskVector]:
+    """The task vectors of a chunk, each with its weight times the factor that restores its norm."""
+    weights = each(parameters, "weight")
+    norms = traced.get("norm") or (1.0,) * len(weights)
+    for expert, (weight, norm) in enumerate(zip(weights, norms, strict=True)):
+        yield TaskVector(
+            chunk=chunk, expert=expert, parameters=parameters, traced=traced, factor=weight * norm
+        )
+
+
+def _norm_factors(
+    stream: Stream, parameters: Parameters, traced: Traced, thinning: Thinning
+) -> tuple[float, ...]:
+    """Σ|δ| / Σ|thinned δ| of every expert, float64 from left to right; 1 where nothing is left."""
+    from merge_core.operators import kernels
+    from merge_core.operators.reductions import require_finite
+
+    experts = len(each(parameters, "weight"))
+    alone = {**parameters, "weight": (1.0,) * experts}
+
+    def sums(chunk: Chunk) -> tuple[int, NDArray[Any]]:
+        # Chunks of whole rows overlap, so that rows are what is summed, and known by their number.
+        unit, length = chunk.row if thinning.rows else kernels.BLOCK, len(chunk.arrays[0])
+        found = np.empty((2 * experts, -(-length // unit)), np.float64)
+        values = scratch("task vectors", length, np.float32)
+        for vector in _vectors(chunk, alone, traced):
+            kernels.delta_magnitude(*vector.operands, values)
+            kernels.magnitude_sums(values, unit, found[2 * vector.expert])
+            thinning.compiled(vector, values)
+            kernels.magnitude_sums(values, unit, found[2 * vector.expert + 1])
+        return chunk.start // unit, found
+
+    totals, counted = [0.0] * (2 * experts), 0
+    for first, found in stream.map(sums):
+        for index, runs in enumerate(found):
+            for run in runs[counted - first :].tolist():
+                totals[index] += run
+        counted = max(counted, first + found.shape[1])
+    require_finite(totals)
+    return tuple(
+        before / after if after else 1.0 for before, after in zip(totals[::2], totals[1::2], strict=True)
+    )
