@@ -53,16 +53,23 @@ Files = Callable[[], Mapping[str, bytes]]
 class Tokenizers:
     """The tokenizers of a step's models, and the one that is made of them; read when they are asked for."""
 
-    def __init__(self, plan: TokenizerPlan, files: Sequence[Files], names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, plan: TokenizerPlan, files: Sequence[Files], names: Mapping[int, str] | None = None
+    ) -> None:
         """`files` are those of every source that the step may take from; `names` are theirs in errors."""
         self._plan = plan
         self._files = files
-        self._names = names
+        self._names = names or {}
         self._read: dict[int, tuple[Vocabulary, Mapping[str, bytes]]] = {}
 
     def of(self, source: int) -> Vocabulary:
         """The tokens of a model that it has rows for; raises CorruptCheckpoint or Unmergeable."""
         return self._load(source)[0]
+
+    def rows_of(self, source: int) -> int:
+        """How many tokens a model has rows for, as its config states it, or else its tokenizer."""
+        vocabulary, files = self._load(source)
+        return _rows_of(files) or 1 + max(vocabulary.ids.values(), default=0)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -111,7 +118,7 @@ class Tokenizers:
         return self._read[source]
 
     def _name(self, source: int) -> str:
-        return self._names[source] if source < len(self._names) else f"source {source} of the plan"
+        return self._names.get(source, f"source {source} of the plan")
 
 
 def _union(first: Vocabulary, others: Sequence[Vocabulary]) -> list[AddedToken]:

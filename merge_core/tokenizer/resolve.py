@@ -1,0 +1,119 @@
+"""From what a recipe says of tokens to the TokenizerPlan of a step, and to the tensors that it concerns.
+
+A caller settles the choice first, which reads the models' tokenizers and says how many rows the output has;
+it then names the tensors of the output that have a row for each token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from merge_core.checkpoint.layout import Role, place
+from merge_core.checkpoint.source import TensorInfo
+from merge_core.errors import Unmergeable
+from merge_core.tokenizer.choice import BASE, UNION, ModelToken, TokenChoice, TokenizerChoice
+from merge_core.tokenizer.plan import FromToken, Rule, TokenizerPlan
+from merge_core.tokenizer.union import Files, Tokenizers
+
+# Embeddings of something else than tokens.
+_OTHER = re.compile(r"pos|wpe|type|relative|rotary|patch|image|vision")
+
+_NAMED = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
+_MANY = 1000
+_HINT = "name one of the models of the merge, then: weft plan RECIPE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """A choice with nothing left open but its tensors; `warnings` are for the person to judge."""
+
+    plan: TokenizerPlan
+    warnings: tuple[str, ...]
+
+
+def token_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> frozenset[str]:
+    """The tensors of a model that have one row for each token: the embedding, the head and its bias."""
+    nested = config.get("text_config")
+    rows = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, Mapping) else None)
+    return frozenset(
+        name
+        for name, info in tensors.items()
+        if place(name).layer is None
+        and place(name).role in (Role.EMBED, Role.HEAD)
+        and not _OTHER.search(name.lower())
+        and info.shape[:1] == (rows,)
+    )
+
+
+def settle(
+    choice: TokenizerChoice, models: Mapping[str, int], base: int | None, files: Sequence[Files]
+) -> Settled:
+    """Read the tokenizers of a merge; `models` gives the source of each reference, `files` are all sources'.
+
+    Raises Unmergeable or CorruptCheckpoint where the tokenizers do not go together.
+    """
+    from merge_core.tokenizer.rows import Owner, map_rows
+
+    for model in choice.models:
+        if model not in models:
+            raise Unmergeable(f"tokenizer: {model} is not one of the models that are merged", hint=_HINT)
+    first = next(iter(models.values())) if base is None else base
+    ordered = (first, *(number for number in models.values() if number != first))
+    plan = TokenizerPlan(
+        source=None if choice.source == UNION else first if choice.source == BASE else models[choice.source],
+        models=ordered,
+        rows=1,
+        tensors=(),
+        rules=tuple(_rule(token, models) for token in choice.tokens),
+    )
+    tokenizers = Tokenizers(plan, files, {number: model for model, number in models.items()})
+    multiple = choice.pad_to_multiple_of or 1
+    plan = replace(plan, rows=-(-tokenizers.rows // multiple) * multiple)
+    owners = [Owner(source=m, tokens=tokenizers.of(m).ids, rows=tokenizers.rows_of(m)) for m in ordered]
+    # Raises now what would be raised when the files are written and the rows are gathered.
+    map_rows(tokenizers.vocabulary.ids, plan.rows, owners, base, plan.rules)
+    assert tokenizers.files is not None
+    return Settled(plan=plan, warnings=tuple(_warnings(tokenizers, plan, models)))
+
+
+def config_changes(plan: TokenizerPlan, donor: Mapping[str, Any], giver: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the donor's config that change with its tokens, and their values.
+
+    `giver` is the config of the model whose tokenizer it is: the tokens that a model names by id are its.
+    """
+    changed = {key: giver[key] for key in _NAMED if key in giver and giver[key] != donor.get(key)}
+    nested = donor.get("text_config")
+    if "vocab_size" not in donor and isinstance(nested, Mapping):
+        return changed | {"text_config": {**nested, "vocab_size": plan.rows}}
+    return changed | {"vocab_size": plan.rows}
+
+
+def _rule(choice: TokenChoice, models: Mapping[str, int]) -> Rule:
+    fill: FromToken | str | None = None
+    if isinstance(choice.source, ModelToken):
+        row = choice.source
+        fill = FromToken(source=models[row.model], token=row.token, row=row.token_id)
+    else:
+        fill = choice.source
+    return Rule(token=choice.token, fill=fill, force=choice.force)
+
+
+def _warnings(tokenizers: Tokenizers, plan: TokenizerPlan, models: Mapping[str, int]) -> list[str]:
+    output = tokenizers.vocabulary
+    lacking = {
+        model: len(output.ids.keys() - tokenizers.of(number).ids.keys()) for model, number in models.items()
+    }
+    warnings = [
+        f"{model} lacks {count} of the {len(output.ids)} tokens: their rows are filled from the other models"
+        for model, count in lacking.items()
+        if count
+    ]
+    added = len(output.added) - len(tokenizers.of(plan.donor).added)
+    if added > _MANY:
+        warnings.append(
+            f"{added} tokens are added to a tokenizer that did not learn them: text is cut at each"
+        )
+    return warnings
