@@ -279,7 +279,7 @@ def keep_by_rank(
 ) -> None:
     """out = (x − base)·scales[r] where an element's draw is below limits[r], else (x − base)·0.
 
-    r counts the elements before it in its row, of as many as `limits` has; `ranked` are the sorted `rank_keys`.
+    r counts the smaller elements of its row, which is as long as `limits`; `ranked` are sorted `rank_keys`.
     """
     width = limits.size
     draws = np.empty(width + 8, np.uint32)
@@ -288,9 +288,9 @@ def keep_by_rank(
         skip = (start + row) % 4
         philox(low, high, (start + row) // 4, draws[: (skip + width + 3) // 4 * 4])
         for rank in range(width):
-            i = np.uint32(ranked[row + rank])
+            at = np.uint32(ranked[row + rank])
             # A product, not a choice: nobody predicts a branch on chance.
-            kept[i] = scales[rank] * np.float32(draws[skip + i] < limits[rank])
+            kept[at] = scales[rank] * np.float32(draws[skip + at] < limits[rank])
         for i in range(width):
             out[row + i] = (x[row + i] - base[row + i]) * kept[i]
 
