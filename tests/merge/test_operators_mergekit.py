@@ -219,6 +219,86 @@ def test_weft_is_within_one_bf16_ulp_of_mergekit(
         assert off.mean() <= (0.002 if case.startswith("ties") else 0), name
 
 
+TOLERANT = {
+    "nuslerp": """
+merge_method: nuslerp
+models:
+  - {{model: {math}, parameters: {{weight: 1.0}}}}
+  - {{model: {code}, parameters: {{weight: [0.25, 2.0]}}}}
+parameters: {{nuslerp_flatten: true, nuslerp_row_wise: false}}
+dtype: float32
+""",
+    "nuslerp over a base": """
+merge_method: nuslerp
+base_model: {base}
+models:
+  - {{model: {math}, parameters: {{weight: 1.0}}}}
+  - {{model: {code}, parameters: {{weight: 0.4}}}}
+dtype: float32
+""",
+    "karcher": """
+merge_method: karcher
+models: [{{model: {base}}}, {{model: {math}}}, {{model: {code}}}]
+parameters: {{max_iter: 20, tol: 1.0e-6}}
+dtype: float32
+""",
+    "karcher, base not listed": """
+merge_method: karcher
+base_model: {base}
+models: [{{model: {math}}}, {{model: {code}}}]
+dtype: float32
+""",
+    "model_stock": """
+merge_method: model_stock
+base_model: {base}
+models: [{{model: {math}}}, {{model: {code}}}]
+parameters: {{filter_wise: false}}
+dtype: float32
+""",
+    "nearswap": """
+merge_method: nearswap
+base_model: {base}
+models: [{{model: {code}}}]
+parameters: {{t: [0.0005, 0.004]}}
+dtype: float32
+""",
+    "ram": """
+merge_method: ram
+base_model: {base}
+models: [{{model: {math}}}, {{model: {code}}}]
+parameters: {{epsilon: 2.0e-3}}
+dtype: float32
+""",
+    "ramplus_tl": """
+merge_method: ramplus_tl
+base_model: {base}
+models: [{{model: {math}}}, {{model: {code}}}]
+parameters: {{epsilon: 3.0e-3, r: 0.5, alpha: 2.0}}
+dtype: float32
+""",
+    "passthrough": """
+merge_method: passthrough
+models:
+  - model: {math}
+    parameters: {{scale: [{{filter: o_proj, value: 0.3}}, {{value: 1.0}}]}}
+dtype: float32
+""",
+}
+
+
+@pytest.mark.parametrize("case", TOLERANT)
+def test_weft_is_within_1e_4_of_mergekit_in_float32(
+    case: str, models: dict[str, Path], mergekit: Path, tmp_path: Path
+) -> None:
+    ours, theirs = both(TOLERANT[case], models, mergekit, tmp_path)
+    assert ours.keys() == theirs.keys()
+    inputs = [load_file(models[name] / "model.safetensors") for name in ("base", "math", "code")]
+    for name in ours:
+        scale = float(theirs[name].abs().max())
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6 * scale), name
+        assert all(not torch.allclose(ours[name], i[name]) for i in inputs) or case == "passthrough", name
+
+
 REVEALING = {
     "gradients, filters and scopes": """
 merge_method: linear
