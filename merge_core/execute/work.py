@@ -18,14 +18,13 @@ from merge_core.checkpoint.finite import finite
 from merge_core.checkpoint.source import TensorSource
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.pool import Pool
+from merge_core.memory import BLOCK_ELEMENTS
 from merge_core.operators import COPY, convert, find
 from merge_core.operators.base import Array, Chunk, Traced
 from merge_core.operators.scratch import scratch
 from merge_core.plan import CHUNK_ELEMENTS, TensorPlan
 
 T = TypeVar("T")
-
-_BLOCK_ELEMENTS = 1 << 16
 
 
 class Work:
@@ -100,7 +99,7 @@ class Work:
         end = min(first + self._chunk, self.length)
         raw = self._read(start, stop)
         stored = convert.elements(out, self.tensor.dtype)
-        block = max(_BLOCK_ELEMENTS // self._row, 1) * self._row if self._operator.rows else _BLOCK_ELEMENTS
+        block = max(BLOCK_ELEMENTS // self._row, 1) * self._row if self._operator.rows else BLOCK_ELEMENTS
         sound = True
         for at in range(start, stop, block):
             until = min(at + block, stop)

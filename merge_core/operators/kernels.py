@@ -158,6 +158,22 @@ def count_lower(bits: Any, upper: Any, counts: Any) -> None:
 
 
 @kernel
+def equal_to(bits: Any, pattern: Any) -> Any:
+    """The indices, ascending, at which 32 bit patterns are `pattern`."""
+    count = 0
+    for i in range(bits.size):
+        count += bits[i] == pattern
+    found = np.empty(count, np.int64)
+    at = 0
+    if count:
+        for i in range(bits.size):
+            if bits[i] == pattern:
+                found[at] = i
+                at += 1
+    return found
+
+
+@kernel
 def block_dots(x: Any, y: Any, out: Any) -> None:
     """The inner product of each block of 4096 elements in float64, folded by halves; the last one padded."""
     terms = np.empty(BLOCK, np.float64)

@@ -178,11 +178,14 @@ def _locate(
     stream: Stream, sought: Mapping[int, Magnitudes], thresholds: Mapping[int, int], nth: Mapping[int, int]
 ) -> dict[int, int]:
     """The index of the n-th (from 1) element whose bits are the threshold."""
+    from merge_core.operators import kernels
+
     rest, found = dict(nth), {}
 
     def at_threshold(chunk: Chunk) -> tuple[int, dict[int, NDArray[np.intp]]]:
         hits = {
-            at: np.flatnonzero(sought[at](chunk).view(np.uint32) == bits) for at, bits in thresholds.items()
+            at: kernels.equal_to(sought[at](chunk).view(np.uint32), np.uint32(bits))
+            for at, bits in thresholds.items()
         }
         return chunk.start, hits
 

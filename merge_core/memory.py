@@ -1,0 +1,89 @@
+"""What a merge takes of the memory, said before it begins, and how many threads a limit allows.
+
+A thread holds one piece of a tensor: every operand as it is stored, as float32 while it is measured, what the
+operator computes beside it, and the output. Weights never lie in memory as a whole, so the size of a model
+hardly shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from merge_core.checkpoint import dtypes, merkle
+from merge_core.checkpoint.source import TensorInfo
+from merge_core.errors import Unmergeable
+from merge_core.operators import COPY, find
+from merge_core.plan import CHUNK_ELEMENTS, Step, TensorPlan
+
+BLOCK_ELEMENTS = 1 << 16
+"""Elements that a kernel computes at once: they and its temporaries fit the cache of a core."""
+
+_PROCESS = 160 << 20
+"""A worker with its kernels loaded."""
+_TORCH = 160 << 20
+"""What torch adds, where an operator has no compiled kernel."""
+_THREAD = 24 << 20
+"""What a thread holds whatever it works on: histograms, and what the allocator keeps for it."""
+_TENSOR = 4 << 10
+"""Names, digests and parameters of one tensor."""
+
+
+def peak(steps: Sequence[Step], inputs: Sequence[Mapping[str, TensorInfo]], *, threads: int) -> int:
+    """An upper bound, in bytes, for the process that runs steps over inputs with these tensors."""
+    tensors = [tensor for step in steps for tensor in step.tensors]
+    compiled = all(find(name).compiled for name in {t.operator for t in tensors} - {COPY.name})
+    held = sum(
+        max((_working_set(tensor, inputs, steps) for tensor in step.tensors), default=0) for step in steps
+    )
+    fixed = _PROCESS + (0 if compiled else _TORCH) + len(tensors) * _TENSOR
+    return fixed + threads * (_THREAD + held)
+
+
+def fit(
+    steps: Sequence[Step],
+    inputs: Sequence[Mapping[str, TensorInfo]],
+    *,
+    threads: int,
+    limit: int | None,
+) -> int:
+    """The number of threads, at most `threads`, with which a merge stays within `limit` bytes.
+
+    Raises Unmergeable where one thread needs more.
+    """
+    if limit is None:
+        return threads
+    for count in range(threads, 0, -1):
+        if peak(steps, inputs, threads=count) <= limit:
+            return count
+    needed = -(-peak(steps, inputs, threads=1) // (1 << 20))
+    raise Unmergeable(
+        f"one thread needs {needed} MiB, and {limit >> 20} MiB are allowed",
+        hint=f"weft merge RECIPE --max-memory {needed}MiB",
+    )
+
+
+def _working_set(
+    tensor: TensorPlan, inputs: Sequence[Mapping[str, TensorInfo]], steps: Sequence[Step]
+) -> int:
+    """What one thread holds for a piece of a tensor, in bytes."""
+    if tensor.operator == COPY.name:
+        return 2 * merkle.LEAF_SIZE
+    operator = find(tensor.operator)
+    length = max(1, tensor.info.length // dtypes.SIZES[tensor.dtype])
+    elements = min(CHUNK_ELEMENTS, length)
+    block = min(BLOCK_ELEMENTS, length)
+    if operator.rows:
+        row = tensor.shape[-1] if len(tensor.shape) > 1 else length
+        elements = min(length, elements + 2 * row)
+        block = min(length, max(block, row))
+    sizes = [dtypes.SIZES[_info(o.source, o.tensor, inputs, steps).dtype] for o in tensor.operands]
+    stored = sum(elements * size + 2 * merkle.LEAF_SIZE for size in sizes)
+    measured = 4 * elements * (2 * len(sizes) + 2) if operator.measure else 0
+    computed = 4 * block * (4 * len(sizes) + 6)
+    return stored + measured + computed + elements * dtypes.SIZES[tensor.dtype]
+
+
+def _info(
+    source: int, tensor: str, inputs: Sequence[Mapping[str, TensorInfo]], steps: Sequence[Step]
+) -> TensorInfo:
+    return inputs[source][tensor] if source < len(inputs) else steps[source - len(inputs)].layout[tensor]
