@@ -81,14 +81,11 @@ def test_an_installed_operator_merges_and_is_audited_and_where_it_is_missing_the
     code, said = weft("verify", out, "--audit", "full", site=package)
     assert code == 0, said
 
-    for words, hint in (
-        (["merge", recipe, "-o", tmp_path / "other"], "correct the recipe"),
-        (["verify", out, "--audit", "full"], "install the package"),
-    ):
+    for words in (["merge", recipe, "-o", tmp_path / "other"], ["verify", out, "--audit", "full"]):
         code, said = weft(*words)
         assert code != 0
         assert "merge_method median: not supported" in said["error"]["why"]
-        assert hint in said["error"]["hint"]
+        assert said["error"]["hint"]
     assert not (tmp_path / "other").exists()
 
 
