@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup clean
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine conformance exactness clean
 
 setup: $(READY)
 
@@ -41,6 +41,15 @@ bench-kill: setup
 
 bench-startup: setup
 	@$(BIN)/python tests/bench/startup.py
+
+bench-engine: setup
+	@$(BIN)/python tests/bench/engine.py
+
+conformance: setup
+	@$(BIN)/python -m pytest -q -m "" tests/conformance
+
+exactness: setup
+	@$(BIN)/python tests/merge/test_exactness.py
 
 clean:
 	rm -rf .venv .cache dist build
