@@ -155,7 +155,7 @@ def _within_rows(files: Mapping[str, bytes]) -> tuple[Vocabulary, Mapping[str, b
         raise Unmergeable(f"it has {limit} rows and more tokens", hint=f"add a {DOCUMENT} without those")
     try:
         stripped = {**files, **_strip(files, limit)}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise CorruptCheckpoint(f"not a tokenizer: {error}", hint=HINT) from error
     return read_vocabulary(stripped), stripped
 

@@ -114,7 +114,7 @@ def read_vocabulary(files: Mapping[str, bytes]) -> Vocabulary:
         growing = reader(files)
         _declared(files, growing)
         return growing.freeze()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise CorruptCheckpoint(f"not a tokenizer: {error}", hint=HINT) from error
 
 

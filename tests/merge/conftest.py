@@ -1,4 +1,7 @@
-"""Small checkpoints with weights that are the same on every machine and in every version of every library."""
+"""Small checkpoints with weights that are the same on every machine and in every version of every library.
+
+And tokenizers that the tokenizers library trained.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,3 +55,35 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return write
+
+
+@pytest.fixture
+def train() -> Callable[..., dict[str, bytes]]:
+    """`train("BPE", "some text", 300, "<s>", added=("<x>",))`: the files of a tokenizer of at most 300."""
+
+    def make(
+        kind: str, text: str, size: int, *special: str, added: tuple[str, ...] = (), **config: object
+    ) -> dict[str, bytes]:
+        unknown = special[0]
+        options = {"vocab_size": size, "special_tokens": list(special), "show_progress": False}
+        if kind == "BPE":
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(**options)
+        elif kind == "WordPiece":
+            tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
+            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+            trainer = trainers.WordPieceTrainer(**options)
+        else:
+            tokenizer = Tokenizer(models.Unigram())
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+            tokenizer.decoder = decoders.Metaspace()
+            trainer = trainers.UnigramTrainer(**options, unk_token=unknown)
+        tokenizer.train_from_iterator(text.split("\n"), trainer)
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+        made = tokenizer.to_str().encode()
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": unknown} | config
+        return {"tokenizer.json": made, "tokenizer_config.json": json.dumps(told).encode()}
+
+    return make
