@@ -14,7 +14,7 @@ from typing import Any
 
 from merge_core.checkpoint.manifest import FUNCTIONAL_FILES, MAX_FUNCTIONAL_FILE
 from merge_core.checkpoint.reader import MAX_CONFIG
-from merge_core.config_keys import CONFIG_KEYS
+from merge_core.config_keys import CONFIG_KEYS, NESTED
 from merge_core.errors import CorruptCheckpoint
 from merge_core.plan import MergePlan, Step
 from merge_core.recipe import DTYPES
@@ -71,7 +71,7 @@ def output_files(step: Step, donor_files: Mapping[str, bytes]) -> dict[str, byte
         if len(data) > MAX_FUNCTIONAL_FILE:
             raise CorruptCheckpoint(f"{name} has {len(data)} bytes; at most {MAX_FUNCTIONAL_FILE} are read")
         if name == "config.json":
-            data = _write(_config(_object(name, data), step))
+            data = _write(output_config(_object(name, data), step))
         elif name == "generation_config.json":
             data = _write(_without(_object(name, data), _GENERATION_REFUSED))
         elif name == "tokenizer_config.json":
@@ -84,16 +84,22 @@ def output_files(step: Step, donor_files: Mapping[str, bytes]) -> dict[str, byte
     return dict(sorted(files.items()))
 
 
-def _config(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
-    """The known keys with plain values, as the step changes them.
+def output_config(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
+    """The known keys of a donor's config with plain values, as the step changes them.
 
     Its element type stands under the keys that the donor uses, else under `torch_dtype`.
     """
     changed = {**config, **step.config}
-    kept = {key: value for key, value in changed.items() if key in CONFIG_KEYS and _plain(value)}
+    kept = _known(changed)
+    if isinstance(nested := changed.get(NESTED), Mapping):
+        kept[NESTED] = _known(nested)
     named = next((name for name, short in DTYPES.items() if short == step.dtype), "float64")
     spelled = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return kept | dict.fromkeys(spelled, named)
+
+
+def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key in CONFIG_KEYS and _plain(value)}
 
 
 def _without(value: Mapping[str, Any], refused: frozenset[str], *, plain: bool = True) -> dict[str, Any]:

@@ -49,6 +49,10 @@ _ROLES = (
 )
 
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""The keys of config.json, or of its text_config, that state the number of layers."""
+
+
 def place(tensor_name: str) -> Place:
     """Say where a tensor sits; never fails, whatever the name."""
     found = _LAYER.search(tensor_name)
@@ -57,11 +61,19 @@ def place(tensor_name: str) -> Place:
     return Place(layer=int(found[1]) if found else None, role=role)
 
 
+def around_layer(tensor_name: str) -> tuple[str, int, str] | None:
+    """What stands before a tensor's layer number, the number, and what stands after it; None without one."""
+    found = _LAYER.search(tensor_name)
+    return (
+        None if found is None else (tensor_name[: found.start(1)], int(found[1]), tensor_name[found.end(1) :])
+    )
+
+
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """The number of layers that config.json states, or None where it states none that makes sense."""
     nested = config.get("text_config")
     for source in (config, nested if isinstance(nested, Mapping) else {}):
-        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        for key in LAYER_COUNTS:
             value = source.get(key)
             if type(value) is int and 0 < value < 1_000_000:
                 return value

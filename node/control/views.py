@@ -115,7 +115,7 @@ def plan(planned: Planned) -> pb.PlanMergeResponse:
     ]
     return pb.PlanMergeResponse(
         plan=planned.plan.digest,
-        operator=planned.recipe.method,
+        operator=planned.recipe.methods,
         inputs=inputs,
         tensors=planned.estimate.tensors,
         output_bytes=planned.estimate.output_bytes,

@@ -47,7 +47,7 @@ def _card(
     )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# A merge by {recipe.method}\n\n"
+        f"# A merge by {recipe.methods}\n\n"
         f"Model `{model_id}`, made by plan `{plan.digest}` of:\n\n{listed}\n\n"
         f"```yaml\n{published}```\n\n"
         "Anybody can re-execute this merge and compare every byte: `weft verify . --audit full`.\n"

@@ -41,7 +41,7 @@ async def merge(
     """
     _check_place(target, resume=resume)
     request = {"recipe": recipe.to_yaml(), "directory": str(target)}
-    created = Created(kind=JobKind.MERGE, title=f"{recipe.method} into {target.name}", request=request)
+    created = Created(kind=JobKind.MERGE, title=f"{recipe.methods} into {target.name}", request=request)
     with ExitStack() as stack:
         journal = stack.enter_context(closing(Journal.open(journal_path(target))))
         fresh = _begin(journal, created, target, clock())

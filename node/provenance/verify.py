@@ -37,6 +37,7 @@ from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import MergeCoreError
 from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.recipe import MAX_RECIPE
+from merge_core.resolve import tells_of
 from merge_core.trace import MAX_TRACE, Trace
 from node.domain.ids import PeerId
 from node.domain.negotiation import Agreement, Purpose
@@ -206,15 +207,14 @@ def _only_known(checkpoint: Checkpoint) -> tuple[None, str]:
 
 
 def _recipe(checkpoint: Checkpoint, plan: MergePlan | None) -> tuple[None, str]:
-    """The recipe that people read names the operator and the parents of the plan that was executed."""
+    """The recipe that people read names the operators and the parents of the plan that was executed."""
     if plan is None:
         raise VerificationFailed("not checked: the plan does not hold")
     data = read_record(checkpoint.path, checkpoint.survey, RECIPE_FILE, MAX_RECIPE)
     recipe = recipes.parse(data.decode("utf-8", "replace"))
-    base = None if plan.base is None else plan.inputs[plan.base]
-    if recipe.models != plan.inputs or recipe.base != base or not {*plan.operators} <= {recipe.method}:
+    if not tells_of(recipe, plan):
         raise VerificationFailed(f"{RECIPE_FILE} tells of another merge than the plan")
-    return None, f"{RECIPE_FILE} names the operator and the parents of the plan"
+    return None, f"{RECIPE_FILE} names the operators and the parents of the plan"
 
 
 def _operators(plan: MergePlan) -> str:

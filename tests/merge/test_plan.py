@@ -114,8 +114,8 @@ def test_every_incompatibility_is_reported_at_once() -> None:
         "math is quantised; merging needs its weights in a floating-point type",
         "num_attention_heads of math is 4, of base it is 2",
         "math lacks the tensor extra.weight, which base has",
-        "math lacks the tensor model.norm.weight, which base has",
         "the shapes of lm_head.weight differ: base [16, 8], math [12, 8]",
+        "math lacks the tensor model.norm.weight, which base has",
     )
     assert estimate.warnings == ("rope_theta of math is absent, of base it is 1000000.0",)
     with pytest.raises(Unmergeable) as raised:

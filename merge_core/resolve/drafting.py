@@ -1,0 +1,155 @@
+"""All merges of a recipe, one after the other: the Draft of a plan, or everything that stands against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from merge_core.checkpoint.manifest import MAX_TENSORS
+from merge_core.digest import ModelId
+from merge_core.errors import Unmergeable
+from merge_core.operators import COPY
+from merge_core.plan import THREADS, MergePlan, Step
+from merge_core.recipe import Merge, Recipe
+from merge_core.resolve.estimate import Estimate, estimate
+from merge_core.resolve.header import ModelHeader, header_of_step
+from merge_core.resolve.merging import Merging
+
+MAX_PROBLEMS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A plan whose inputs are still references (`models`, in order); `seal` names them by ModelId."""
+
+    models: tuple[str, ...]
+    steps: tuple[Step, ...]
+    estimate: Estimate
+
+    def seal(self, model_ids: Mapping[str, ModelId]) -> MergePlan:
+        """The MergePlan; raises KeyError where the id of a reference is missing."""
+        return MergePlan(inputs=tuple(model_ids[model] for model in self.models), steps=self.steps)
+
+
+def check(recipe: Recipe, headers: Mapping[str, ModelHeader], *, threads: int = THREADS) -> Estimate:
+    """Report everything that stands against a merge, and what it costs; never raises for a bad model."""
+    return _resolve(recipe, headers, threads).estimate
+
+
+def draft(recipe: Recipe, headers: Mapping[str, ModelHeader]) -> Draft:
+    """Resolve a recipe; raises Unmergeable with every incompatibility in `problems`."""
+    drafted = _resolve(recipe, headers, THREADS)
+    problems = drafted.estimate.problems
+    if problems:
+        more = len(problems) - 1
+        raise Unmergeable(
+            problems[0] + (f" (and {more} more)" if more else ""),
+            problems=problems,
+            hint="choose models of one architecture, then: weft plan RECIPE",
+        )
+    return drafted
+
+
+def tells_of(recipe: Recipe, plan: MergePlan) -> bool:
+    """Whether a recipe that names models by ModelId tells of this plan: its inputs, bases and operators."""
+    if recipe.models != plan.inputs or len(recipe.merges) != len(plan.steps):
+        return False
+    sources = _sources(recipe)
+    return all(_tells_of(merge, step, sources) for merge, step in zip(recipe.merges, plan.steps, strict=True))
+
+
+def _tells_of(merge: Merge, step: Step, sources: Mapping[str, int]) -> bool:
+    operators = {merge.operator(part).name for part in merge.slices} | {COPY.name}
+    bases = {merge.base_of(part) for part in merge.slices}
+    base = bases.pop() if len(bases) == 1 else None
+    taken = {operand.source for tensor in step.tensors for operand in tensor.operands}
+    return (
+        step.base == (None if base is None else sources[base])
+        and step.donor == sources[merge.donor]
+        and {tensor.operator for tensor in step.tensors} <= operators
+        and taken <= {sources[model] for model in merge.models}
+    )
+
+
+def _sources(recipe: Recipe) -> dict[str, int]:
+    """The number of every model and of every merge that has a name, as operands count them."""
+    models = (*recipe.models, *(merge.name for merge in recipe.merges if merge.name is not None))
+    return {model: number for number, model in enumerate(models)}
+
+
+def _resolve(recipe: Recipe, headers: Mapping[str, ModelHeader], threads: int) -> Draft:
+    """A draft of what can be resolved, with all problems."""
+    known = {model: headers[model] for model in recipe.models if model in headers}
+    problems = _missing(recipe, known)
+    warnings: list[str] = []
+    steps: list[Step] = []
+    sources = _sources(recipe)
+    for merge in recipe.merges:
+        usable = [model for model in merge.models if model in known]
+        if merge.donor not in known or (len(usable) < len(merge.models) and not merge.is_whole):
+            continue
+        whose = f"{merge.name}: " if merge.name else ""
+        merging = Merging(merge, {model: known[model] for model in usable}, sources)
+        merging.run()
+        problems += [whose + problem for problem in merging.problems]
+        warnings += [whose + warning for warning in merging.warnings]
+        if len(usable) < len(merge.models) or merging.problems:
+            continue
+        step = merging.step()
+        steps.append(step)
+        if merge.name is not None:
+            known[merge.name] = header_of_step(step, known[merge.donor])
+    if not problems:
+        steps = _pruned(steps, len(recipe.models))
+        problems += _unfit(recipe, steps)
+    return Draft(
+        models=recipe.models,
+        steps=tuple(steps),
+        estimate=estimate(
+            [headers[model].tensors for model in recipe.models] if not problems else [],
+            steps if not problems else [],
+            problems=_limited(problems),
+            warnings=warnings,
+            threads=threads,
+        ),
+    )
+
+
+def _missing(recipe: Recipe, known: Mapping[str, ModelHeader]) -> list[str]:
+    bases = {merge.base_of(part) for merge in recipe.merges for part in merge.slices}
+    return [
+        f"{'the base ' if model in bases else ''}{model} was not found"
+        for model in recipe.models
+        if model not in known
+    ]
+
+
+def _pruned(steps: Sequence[Step], inputs: int) -> list[Step]:
+    """The steps without tensors that no later step takes."""
+    taken: set[tuple[int, str]] = set()
+    kept: list[Step] = []
+    for number, step in reversed([*enumerate(steps)]):
+        tensors = step.tensors
+        if number < len(steps) - 1:
+            tensors = tuple(t for t in tensors if (inputs + number, t.name) in taken)
+        taken |= {(o.source, o.tensor) for t in tensors for o in t.operands}
+        kept.insert(0, replace(step, tensors=tensors))
+    return kept
+
+
+def _unfit(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
+    """Why steps that are sound one by one make no plan."""
+    total = sum(len(step.tensors) for step in steps)
+    problems = (
+        [f"the plan has {total} tensors; at most {MAX_TENSORS} are merged"] if total > MAX_TENSORS else []
+    )
+    return problems + [
+        f"{merge.name}: no tensor of its result is used"
+        for merge, step in zip(recipe.merges, steps, strict=True)
+        if not step.tensors
+    ]
+
+
+def _limited(problems: Sequence[str]) -> list[str]:
+    rest = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], *([f"and {rest} problems more"] if rest > 0 else [])]

@@ -1,0 +1,337 @@
+"""One merge against the headers of its models: the plan of each tensor, or what stands against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from merge_core.checkpoint import dtypes
+from merge_core.checkpoint.layout import around_layer
+from merge_core.checkpoint.manifest import MAX_TENSORS
+from merge_core.checkpoint.reader import architecture_of
+from merge_core.checkpoint.source import TensorInfo
+from merge_core.config_keys import NESTED, dropped
+from merge_core.errors import CorruptCheckpoint
+from merge_core.operators import COPY
+from merge_core.operators.base import Operator, Value
+from merge_core.operators.passthrough import PASSTHROUGH
+from merge_core.plan import Operand, Step, TensorPlan
+from merge_core.recipe import Input, Merge, Slice
+from merge_core.resolve.head import TIE, head_of
+from merge_core.resolve.header import ModelHeader
+from merge_core.resolve.layers import Chosen, changes
+from merge_core.resolve.stack import Stack, stack_of
+
+# Keys that change what equal shapes mean, and keys that change it a little.
+_MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act")
+_SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_eps")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A slice, its operator, its operands in order, and which of them says what tensors there are."""
+
+    slice: Slice
+    operator: Operator
+    operands: tuple[Input, ...]
+    leader: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Site:
+    """A tensor of the output, how deep in its slice (0 to 1), and what filters call it at each operand."""
+
+    name: str
+    part: _Part
+    depth: float
+    names: tuple[str, ...]
+
+
+class Merging:
+    """A walk over the models and tensors of one merge that collects problems, warnings and tensor plans.
+
+    `sources` numbers the models as operands do. Of whole models some may lack a header, but not the donor:
+    what can be said of the others is said.
+    """
+
+    def __init__(self, merge: Merge, headers: Mapping[str, ModelHeader], sources: Mapping[str, int]) -> None:
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self.tensors: list[TensorPlan] = []
+        self._merge = merge
+        self._headers = {model: headers[model] for model in merge.models if model in headers}
+        self._sources = sources
+        self._donor = headers[merge.donor]
+        self._head = head_of(self._headers)
+        self._stacks = {model: self._stack(model) for model in self._headers}
+        self._config: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Do the walk."""
+        for model, header in self._headers.items():
+            self._compare_configs(model, header)
+        if lost := dropped(self._donor.config):
+            self.warnings.append(f"config keys of {self._merge.donor} that are not kept: {', '.join(lost)}")
+        self._tie()
+        parts = [self._part(part) for part in self._merge.slices]
+        found = self._whole(parts[0]) if self._merge.is_whole else self._sliced(parts)
+        sites = sorted(found, key=lambda site: site.name)
+        for site in sites:
+            self._resolve(site)
+        if not self.tensors and not self.problems:
+            self.problems.append(f"{self._merge.donor} has no tensors")
+
+    def step(self) -> Step:
+        """The step, once there are no problems."""
+        merge = self._merge
+        bases = {merge.base_of(part) for part in merge.slices}
+        base = bases.pop() if len(bases) == 1 else None
+        return Step(
+            base=None if base is None else self._sources[base],
+            donor=self._sources[merge.donor],
+            architecture=architecture_of(self._donor.config),
+            tensors=tuple(self.tensors),
+            config=self._config,
+        )
+
+    def _compare_configs(self, model: str, header: ModelHeader) -> None:
+        try:
+            architecture_of(header.config)
+        except CorruptCheckpoint as error:
+            self.problems.append(f"{model}: {error.why}")
+        if "quantization_config" in header.config:
+            self.problems.append(f"{model} is quantised; merging needs its weights in a floating-point type")
+        if header is self._donor:
+            return
+        for key in (*_MUST_AGREE, "architectures", *_SHOULD_AGREE):
+            mine, theirs = header.stated(key), self._donor.stated(key)
+            by_layer = key in _MUST_AGREE and isinstance(mine, list) and isinstance(theirs, list)
+            if mine != theirs and not (by_layer and not self._merge.is_whole):
+                line = f"{key} of {model} is {_short(mine)}, of {self._merge.donor} it is {_short(theirs)}"
+                (self.warnings if key in _SHOULD_AGREE else self.problems).append(line)
+        tokens = {f.path: f.sha256 for f in self._donor.files if f.path in _TOKENIZERS}
+        if tokens != {f.path: f.sha256 for f in header.files if f.path in _TOKENIZERS}:
+            self.warnings.append(
+                f"the tokenizer of {model} differs from that of {self._merge.donor}: "
+                "embeddings are merged row by row all the same"
+            )
+
+    def _tie(self) -> None:
+        """Untie the output where some input is untied."""
+        if self._head is None or not self._head.is_stored:
+            return
+        tied = ", ".join(self._head.embeddings)
+        self.warnings.append(
+            f"{self._head.name} is stored, since not every model ties it to its embedding; {tied}: does"
+        )
+        nested = self._donor.config.get(NESTED)
+        if TIE not in self._donor.config and isinstance(nested, Mapping) and TIE in nested:
+            self._config[NESTED] = {**nested, TIE: False}
+        elif self._donor.config.get(TIE) is not False:
+            self._config[TIE] = False
+
+    def _stack(self, model: str) -> Stack:
+        """The names of a model, with the head as the output has it."""
+        stack, head = stack_of(self._headers[model]), self._head
+        if head is None:
+            return stack
+        has = head.is_stored and (model in head.embeddings or head.name in stack.after)
+        return replace(stack, after=stack.after - {head.name} | ({head.name} if has else set()))
+
+    def _part(self, part: Slice) -> _Part:
+        operands = tuple(item for item in self._merge.operands(part) if item.model in self._headers)
+        base = self._merge.base_of(part)
+        leader = next((at for at, item in enumerate(operands) if item.model == base), 0)
+        return _Part(slice=part, operator=self._merge.operator(part), operands=operands, leader=leader)
+
+    def _whole(self, part: _Part) -> Iterator[_Site]:
+        """The tensors of whole models."""
+        layers = self._stacks[part.operands[part.leader].model].count
+        named = [self._stacks[item.model].names for item in part.operands]
+        for name in self._of_all(part, named):
+            found = around_layer(name)
+            # What lies outside of the layers counts as the first of them, the head too: so does mergekit.
+            depth = 0.0 if found is None else min(found[1] / (layers - 1), 1.0) if layers > 1 else 1.0
+            yield _Site(name=name, part=part, depth=depth, names=(name,) * len(part.operands))
+
+    def _sliced(self, parts: Sequence[_Part]) -> list[_Site]:
+        """The tensors of slices: the first has those before the layers, the last those after them."""
+        misfits = [item for part in parts for item in part.operands if not self._fits(item)]
+        if misfits:
+            return []
+        first, last = parts[0], parts[-1]
+        before = self._of_all(first, [self._stacks[item.model].before for item in first.operands])
+        after = self._of_all(last, [self._stacks[item.model].after for item in last.operands])
+        sites = [
+            _Site(name=name, part=part, depth=0.0, names=(name,) * len(part.operands))
+            for part, names in ((first, before), (last, after))
+            for name in names
+        ]
+        chosen: list[Chosen] = []
+        for part in parts:
+            start, end = part.operands[0].layers or (0, 0)
+            for offset in range(end - start):
+                depth = offset / (end - start - 1) if end - start > 1 else 1.0
+                sites += self._layer(part, offset, depth, len(chosen))
+                chosen.append(self._chosen(part.operands[part.leader], offset))
+                if len(sites) > MAX_TENSORS:
+                    self.problems.append(f"the slices have more than {MAX_TENSORS} tensors together")
+                    return []
+        donor = replace(
+            self._chosen(Input(model=self._merge.donor), 0), config={**self._donor.config, **self._config}
+        )
+        self._config |= changes(donor, chosen, self.problems.append, self.warnings.append)
+        return sites
+
+    def _fits(self, item: Input) -> bool:
+        """Whether a source has the layers that are taken of it, in one stack named as the donor's."""
+        stack, donor = self._stacks[item.model], self._stacks[self._merge.donor]
+        first, end = item.layers or (0, 0)
+        problem = None
+        if len(stack.prefixes) != 1 or stack.prefixes != donor.prefixes:
+            called = ", ".join(sorted(f"{prefix}N" for prefix in stack.prefixes)) or "nothing"
+            problem = f"{item.model} has layers called {called}: slices need one stack, named as the others'"
+        elif max(stack.layers) >= stack.count:
+            problem = f"{item.model} has layers beyond its {stack.count}, which no slice can place"
+        elif end > len(stack.layers):
+            problem = f"{item.model} has {len(stack.layers)} layers: there is no layer_range [{first}, {end}]"
+        if problem is not None and problem not in self.problems:
+            self.problems.append(problem)
+        return problem is None
+
+    def _chosen(self, item: Input, offset: int) -> Chosen:
+        first, _ = item.layers or (0, 0)
+        config, count = self._headers[item.model].config, self._stacks[item.model].count
+        return Chosen(model=item.model, config=config, count=count, number=first + offset)
+
+    def _layer(self, part: _Part, offset: int, depth: float, number: int) -> Iterator[_Site]:
+        """The tensors of one layer of a slice, which becomes layer `number` of the output."""
+        layers = [item.layers[0] + offset for item in part.operands if item.layers]
+        members = [
+            self._stacks[item.model].layers.get(layer, {})
+            for item, layer in zip(part.operands, layers, strict=True)
+        ]
+        for item, mine in zip(part.operands, members, strict=True):
+            self._tell_extra(part, item, (mine[m] for m in mine.keys() - members[part.leader].keys()))
+        for head, tail in members[part.leader]:
+            names = tuple(f"{head}{layer}{tail}" for layer in layers)
+            yield _Site(name=f"{head}{number}{tail}", part=part, depth=depth, names=names)
+
+    def _of_all(self, part: _Part, named: Sequence[frozenset[str]]) -> frozenset[str]:
+        """The names that the leader of a slice has; those that only others have are problems."""
+        for item, names in zip(part.operands, named, strict=True):
+            self._tell_extra(part, item, names - named[part.leader])
+        return named[part.leader]
+
+    def _tell_extra(self, part: _Part, item: Input, names: Iterable[str]) -> None:
+        leader = part.operands[part.leader].model
+        self.problems += [
+            f"{item.model} has the tensor {name}, which {leader} lacks" for name in sorted(names)
+        ]
+
+    def _resolve(self, site: _Site) -> None:
+        """Plan one tensor, or say why it cannot be merged."""
+        part = site.part
+        stored = [self._stored(i.model, n) for i, n in zip(part.operands, site.names, strict=True)]
+        if any(name is None for name in stored):
+            self._tell_missing(site, stored)
+            return
+        operands = [(i.model, n) for i, n in zip(part.operands, stored, strict=True) if n is not None]
+        infos = [self._headers[model].tensors[name] for model, name in operands]
+        if len({info.shape for info in infos}) > 1:
+            listed = ", ".join(
+                f"{_label(model, name, site.name)} {list(info.shape)}"
+                for (model, name), info in zip(operands, infos, strict=True)
+            )
+            self.problems.append(f"the shapes of {site.name} differ: {listed}")
+            return
+        types = {info.dtype for info in infos}
+        if types <= dtypes.MERGEABLE:
+            self._plan(site, operands, infos)
+        elif len(types) == 1:
+            self._copy(site, operands[part.leader], infos[part.leader])
+            if len(infos) > 1:
+                leader = part.operands[part.leader].model
+                self.warnings.append(f"{site.name} is {infos[0].dtype}: taken from {leader} as it is")
+        else:
+            listed = ", ".join(
+                f"{_label(model, name, site.name)} {info.dtype}"
+                for (model, name), info in zip(operands, infos, strict=True)
+            )
+            self.problems.append(f"{site.name} cannot be merged in these types: {listed}")
+
+    def _stored(self, model: str, name: str) -> str | None:
+        """The tensor of a model that is meant by a name: its embedding for a tied head; None without any."""
+        if self._head is not None and name == self._head.name and model in self._head.embeddings:
+            return self._head.embeddings[model]
+        return name if name in self._headers[model].tensors else None
+
+    def _tell_missing(self, site: _Site, stored: Sequence[str | None]) -> None:
+        leader = site.part.leader
+        has = "" if stored[leader] is None else f", which {site.part.operands[leader].model} has"
+        for item, name, found in zip(site.part.operands, site.names, stored, strict=True):
+            if found is None:
+                self.problems.append(f"{item.model} lacks the tensor {name}{has}")
+
+    def _plan(self, site: _Site, operands: Sequence[tuple[str, str]], infos: Sequence[TensorInfo]) -> None:
+        operator, leader = site.part.operator, site.part.leader
+        parameters = self._parameters(site)
+        if parameters is None:
+            return
+        dtype = self._merge.out_dtype or self._merge.dtype or infos[leader].dtype
+        if operator is PASSTHROUGH and parameters["scale"] == (1.0,) and dtype == infos[0].dtype:
+            self._copy(site, operands[0], infos[0])
+            return
+        self.tensors.append(
+            TensorPlan(
+                name=site.name,
+                dtype=dtype,
+                shape=infos[leader].shape,
+                operator=operator.name,
+                operands=tuple(Operand(source=self._sources[m], tensor=name) for m, name in operands),
+                parameters=parameters,
+            )
+        )
+
+    def _parameters(self, site: _Site) -> dict[str, Value] | None:
+        """Every parameter of a tensor; None, and a problem, where the recipe leaves one open."""
+        part, merge = site.part, self._merge
+        experts = list(zip(part.operands, site.names, strict=True))[part.operator.needs_base :]
+        parameters: dict[str, Value] = {}
+        for declared in part.operator.parameters:
+            if declared.each:
+                values = [merge.value(declared.name, part.slice, i, n, site.depth) for i, n in experts]
+            else:
+                values = [merge.value(declared.name, part.slice, None, site.name, site.depth)]
+            numbers = [value for value in values if value is not None and not isinstance(value, tuple)]
+            if len(numbers) < len(values):
+                missing = [i.model for (i, _), value in zip(experts, values, strict=False) if value is None]
+                whose = f" of {', '.join(missing)}" if declared.each else ""
+                self.problems.append(f"the recipe gives no {declared.name}{whose} for {site.name}")
+                return None
+            parameters[declared.name] = tuple(map(float, numbers)) if declared.each else numbers[0]
+        return parameters
+
+    def _copy(self, site: _Site, operand: tuple[str, str], info: TensorInfo) -> None:
+        model, name = operand
+        self.tensors.append(
+            TensorPlan(
+                name=site.name,
+                dtype=info.dtype,
+                shape=info.shape,
+                operator=COPY.name,
+                operands=(Operand(source=self._sources[model], tensor=name),),
+                parameters={},
+            )
+        )
+
+
+def _label(model: str, name: str, output: str) -> str:
+    return model if name == output else f"{model} ({name})"
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
