@@ -176,7 +176,7 @@ class _Aligned:
         self._gather(operand, rows, np.arange(len(rows)), raw)
         stored = convert.elements(raw.reshape(-1).data, dtype)
         out = np.empty(len(stored), np.float32)
-        return convert.widen(stored, dtype, out).reshape(len(rows), -1)
+        return convert.widen(stored, dtype, out).reshape(len(rows), self._width(operand))
 
     def _gather(self, operand: int, rows: Index, where: Index, out: Raw) -> None:
         """Copy `rows[where]` of an operand into `out[where]`, runs at once."""
