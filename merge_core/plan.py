@@ -75,6 +75,7 @@ class TensorPlan:
 class Step:
     """One merge of a plan; `base` and `donor` count sources as operands do, `tensors` are sorted by name.
 
+    `base` is what all task vectors start from, None where there are none or slices have bases of their own.
     Config, tokenizer and chat template are the donor's, but for the keys of `config`, which replace those of
     its config.json, and `chat_template`, which replaces its template. With `tokenizer` the tokens are chosen,
     and the rows of embeddings follow them.
@@ -304,7 +305,7 @@ def _tensor(item: Any, sources: int, base: int | None) -> TensorPlan:
     least, most = operator.experts
     if not least <= tensor.experts <= (MAX_INPUTS if most is None else most):
         raise ValueError(f"the number of operands of {name}")
-    if operator.needs_base and tensor.operands[0].source != base:
+    if operator.needs_base and base is not None and tensor.operands[0].source != base:
         raise ValueError(f"{name} does not begin with the base")
     return replace(tensor, parameters=_parameters(item["parameters"], operator, tensor.experts))
 
