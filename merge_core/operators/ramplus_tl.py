@@ -46,14 +46,11 @@ def _measure(stream: Stream, parameters: Parameters) -> Traced:
 
 
 def _factors(parameters: Parameters, traced: Traced) -> list[float]:
-    """λ of every expert; one that has nothing for itself divides by `epsilon`, as mergekit has it."""
+    """λ of every expert; 1 for one that has nothing for itself."""
     r, alpha, epsilon = (number(parameters, name) for name in ("r", "alpha", "epsilon"))
-    factors = []
-    for shared, unique in zip(traced["shared"], traced["unique"], strict=True):
-        divisor = max(unique, epsilon)
-        ratio = min(shared / divisor, alpha) if divisor else alpha
-        factors.append(1.0 + r * ratio if shared else 1.0)
-    return factors
+    counts = zip(traced["shared"], traced["unique"], strict=True)
+    # The same floor as mergekit's, which tells only where `epsilon` is above 1.
+    return [1.0 + r * min(s / max(u, epsilon), alpha) if u > 0 else 1.0 for s, u in counts]
 
 
 def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
