@@ -10,7 +10,8 @@ hashing is timed apart. An operator for which mergekit needs more than two minut
 three times, and the median counts.
 
 The story goes to stderr; the last line of stdout is one JSON object. Ratios are mergekit's ÷ ours; rss is
-VmRSS summed over the tree of processes, the largest of samples 20 ms apart (`footprint` says more).
+what the tree of processes keeps in RAM beside mapped files, the largest of samples 20 ms apart: mergekit maps
+its inputs, which would add their whole size to it (`footprint` says more; stderr has the plain RSS too).
 over_copy_limit is the executor's time ÷ that of reading the inputs and writing the output.
 
     {"operators": {NAME: {"wall_ratio", "cpu_ratio", "rss_ratio", "rss_mb", "over_copy_limit"}},
@@ -146,6 +147,7 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
         }
         (folder / "home").mkdir()
+        self._buffer = bytearray(8 << 20)
         self.hash_s: float | None = None
 
     def write(self, trio: str, shape: Shape) -> None:
@@ -178,8 +180,8 @@ class Bench:
         return {
             "wall_ratio": _ratio([c.wall for c in theirs], [c.wall for c in ours]),
             "cpu_ratio": _ratio([c.cpu for c in theirs], [c.cpu for c in ours]),
-            "rss_ratio": _ratio([c.rss for c in theirs], [c.rss for c in ours]),
-            "rss_mb": round(median(c.rss for c in ours) / 1e6, 1),
+            "rss_ratio": _ratio([c.private for c in theirs], [c.private for c in ours]),
+            "rss_mb": round(median(c.private for c in ours) / 1e6, 1),
             "over_copy_limit": round(median(o["run_s"] / o["copy_s"] for o in over), 2),
         }
 
@@ -201,9 +203,11 @@ class Bench:
         return path
 
     def _ours(self, recipe: Path) -> Cost:
+        self._warm(recipe)
         return self._run([WEFT, "merge", recipe, "-o", self._out])
 
     def _theirs(self, recipe: Path, limit: float | None = None) -> Cost:
+        self._warm(recipe)
         # The models have no tokenizer to copy; all other options are what its users get.
         return self._run([self._mergekit, recipe, self._out, "--no-copy-tokenizer"], limit)
 
@@ -215,7 +219,15 @@ class Bench:
             shutil.rmtree(self._out, ignore_errors=True)
             os.sync()
 
+    def _warm(self, recipe: Path) -> None:
+        """Read the weights into the page cache: the kernel may have dropped some since the last run."""
+        for weights in (self._folder / recipe.stem.partition("-")[2]).glob("*/*.safetensors"):
+            with weights.open("rb", buffering=0) as file:
+                while file.readinto(self._buffer):
+                    pass
+
     def _executor(self, recipe: Path) -> dict[str, float]:
+        self._warm(recipe)
         script = Path(__file__).with_name("executor.py")
         done = subprocess.run(
             [sys.executable, script, recipe, self._home, self._folder],
@@ -234,8 +246,8 @@ def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
 
 def _shown(cost: Cost) -> str:
     return (
-        f"{cost.wall:.1f} s, CPU {cost.cpu:.1f} s, RSS {cost.rss / 1e6:.0f} MB"
-        f" (without file pages {cost.private / 1e6:.0f} MB)"
+        f"{cost.wall:.1f} s, CPU {cost.cpu:.1f} s, {cost.private / 1e6:.0f} MB"
+        f" (RSS with mapped files {cost.rss / 1e6:.0f} MB)"
     )
 
 
