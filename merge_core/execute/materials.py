@@ -17,7 +17,7 @@ from merge_core.errors import CorruptCheckpoint
 from merge_core.execute.pool import Pool
 from merge_core.execute.work import Work
 from merge_core.functional import result_files, source_files
-from merge_core.operators import COPY
+from merge_core.operators import COPY, find
 from merge_core.operators.base import Traced
 from merge_core.operators.scratch import scratch
 from merge_core.plan import CHUNK_ELEMENTS, MergePlan, Step, TensorPlan
@@ -74,7 +74,7 @@ class Materials:
         return Work(
             planned,
             self._taken(step, planned),
-            keys=[self._key(operand.source, tensor) for operand in planned.operands[-planned.experts :]],
+            keys=self._keys(planned),
             depth=step,
             chunk_elements=self._chunk,
         )
@@ -86,14 +86,16 @@ class Materials:
             below = operand.source - len(self._inputs)
             if below >= 0 and operand.tensor not in self._traced[below]:
                 self.measured(below, operand.tensor, pool)
-        traced = self.work(step, tensor).measure(pool) if known is None else known
+        if known is None:
+            measures = find(planned.operator).measure is not None
+            known = self.work(step, tensor).measure(pool) if measures else {}
         if self._claimed is not None:
             claim = self._claimed.of(step, tensor)
-            if not close(claim, traced):
+            if not close(claim, known):
                 self.doubted.append((step, tensor))
-            traced = claim
-        self._traced[step][tensor] = traced
-        return traced
+            known = claim
+        self._traced[step][tensor] = known
+        return known
 
     def trace(self, pool: Pool) -> Trace:
         """The Trace of the whole plan: what was not measured yet is measured now."""
@@ -120,10 +122,16 @@ class Materials:
         """The functional files of the result, by name, sorted."""
         return result_files(self._plan, [material.files for material in self._inputs])
 
-    def _key(self, source: int, tensor: str) -> int:
+    def _keys(self, planned: TensorPlan) -> list[int]:
+        """The keys of chance of a tensor's experts; none where its operator leaves nothing to chance."""
+        if not find(planned.operator).chance:
+            return []
+        experts = planned.operands[-planned.experts :]
+        return [key(self._plan.digest, self._id(o.source), o.tensor, planned.name) for o in experts]
+
+    def _id(self, source: int) -> str:
         step = source - len(self._inputs)
-        name = f"step {step}" if step >= 0 else self._plan.inputs[source]
-        return key(self._plan.digest, name, tensor)
+        return f"step {step}" if step >= 0 else self._plan.inputs[source]
 
     def _taken(self, step: int, planned: TensorPlan) -> Sequence[TensorSource]:
         """What the operands of a tensor read from: the models, or their rows in the order of the output's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import groupby
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.errors import Unmergeable
 from merge_core.execute.materials import Material, Materials
 from merge_core.execute.pool import INLINE, Pool, pool_of
-from merge_core.execute.work import Work
+from merge_core.execute.work import Observe, Work
 from merge_core.journal import Finished, Journal
 from merge_core.plan import CHUNK_ELEMENTS, THREADS, MergePlan, TensorPlan
 from merge_core.trace import Trace
+
+_TINY = 128 << 10
+"""Bytes of a tensor that is not worth a thread."""
 
 Progress = Callable[[int], None]
 """Called with the number of output bytes that are done since the last call."""
@@ -40,13 +44,14 @@ def run(
     journal: Path,
     threads: int = THREADS,
     on_progress: Progress | None = None,
+    observe: Observe | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Merged:
     """Write the weights of the output beside `target`; a run that was killed is taken up where it stopped.
 
-    `inputs` are the plan's, in order. Raises CorruptCheckpoint when one is not what its digest says,
-    Unmergeable when a tensor cannot be merged after all or would hold NaN or infinity, CannotWrite when the
-    disk fails.
+    `inputs` are the plan's, in order; `observe` sees what is computed. Raises CorruptCheckpoint when one is
+    not what its digest says, Unmergeable when a tensor cannot be merged after all or would hold NaN or
+    infinity, CannotWrite when the disk fails.
     """
     materials = Materials(plan, inputs, chunk_elements=chunk_elements)
     files = materials.files()
@@ -56,7 +61,7 @@ def run(
         Journal(journal, plan, fresh=not writer.resumed) as log,
         pool_of(threads) as pool,
     ):
-        production = _Production(plan, materials, writer, log.finished)
+        production = _Production(plan, materials, writer, log.finished, observe)
         for tensor, made, fresh in production.make_all(pool):
             if fresh:
                 log.add(tensor.name, made)
@@ -82,29 +87,34 @@ class _Production:
         materials: Materials,
         writer: CheckpointWriter,
         earlier: Mapping[str, Finished],
+        observe: Observe | None,
     ) -> None:
         self._plan = plan
         self._step = len(plan.steps) - 1
         self._materials = materials
         self._writer = writer
         self._earlier = earlier
+        self._observe = observe
 
     def make_all(self, pool: Pool) -> Iterator[tuple[TensorPlan, Finished, bool]]:
         """Every tensor in the plan's order, with whether it was made just now.
 
-        The threads share the pieces of a tensor that has several, and take turns at those that have one.
+        The threads share the pieces of a tensor that has several, and take turns at those that have one. Tiny
+        ones are made here: there is so little to compute that threads would only wait for each other.
         """
-        for small, run in groupby(self._plan.tensors, key=_is_small):
-            tensors = list(run)
-            if small:
-                for tensor, (made, fresh) in zip(tensors, self._small(tensors, pool), strict=True):
-                    yield tensor, made, fresh
+        for share, run in groupby(self._plan.tensors, key=_share):
+            if share is _Share.TENSORS:
+                yield from self._in_turns(list(run), pool)
             else:
-                for tensor in tensors:
-                    yield tensor, *self._make(tensor, pool)
+                for tensor in run:
+                    yield tensor, *self._make(tensor, pool if share is _Share.PIECES else INLINE)
 
-    def _small(self, tensors: Sequence[TensorPlan], pool: Pool) -> Iterator[tuple[Finished, bool]]:
-        return pool.ordered(lambda index: self._make(tensors[index], INLINE), len(tensors))
+    def _in_turns(
+        self, tensors: Sequence[TensorPlan], pool: Pool
+    ) -> Iterator[tuple[TensorPlan, Finished, bool]]:
+        made = pool.ordered(lambda index: self._make(tensors[index], INLINE), len(tensors))
+        for tensor, (finished, fresh) in zip(tensors, made, strict=True):
+            yield tensor, finished, fresh
 
     def _make(self, tensor: TensorPlan, pool: Pool) -> tuple[Finished, bool]:
         work = self._materials.work(self._step, tensor.name)
@@ -113,7 +123,7 @@ class _Production:
             self._materials.measured(self._step, tensor.name, pool, known=claimed.traced)
             return claimed, False
         traced = self._materials.measured(self._step, tensor.name, pool)
-        digests = work.digests(traced, pool, store=self._store(work))
+        digests = work.digests(traced, pool, self._store(work), self._observe)
         return Finished(leaves=tuple(d for piece in digests for d in piece), traced=traced), True
 
     def _load(self, name: str) -> Callable[[int, int], bytes]:
@@ -140,5 +150,15 @@ class _Production:
         return Unmergeable(why, hint=f"leave out {whose}, whose {operand.tensor} does already")
 
 
-def _is_small(tensor: TensorPlan) -> bool:
-    return tensor.info.length <= merkle.LEAF_SIZE
+class _Share(Enum):
+    """What the threads divide between them."""
+
+    NOTHING = 0
+    TENSORS = 1
+    PIECES = 2
+
+
+def _share(tensor: TensorPlan) -> _Share:
+    if tensor.info.length <= _TINY:
+        return _Share.NOTHING
+    return _Share.TENSORS if tensor.info.length <= merkle.LEAF_SIZE else _Share.PIECES

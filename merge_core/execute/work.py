@@ -25,6 +25,8 @@ from merge_core.operators.scratch import scratch
 from merge_core.plan import CHUNK_ELEMENTS, TensorPlan
 
 T = TypeVar("T")
+Observe = Callable[[str, int, Sequence[Array], Array], None]
+"""Called in the thread that computes, with the tensor, the piece, a block of its operands and the output."""
 
 
 class Work:
@@ -88,7 +90,7 @@ class Work:
         start = piece * self.leaves_per_piece * merkle.LEAF_SIZE
         return min(self.leaves_per_piece * merkle.LEAF_SIZE, self.tensor.info.length - start)
 
-    def compute(self, piece: int, traced: Traced, out: memoryview) -> bool:
+    def compute(self, piece: int, traced: Traced, out: memoryview, *, observe: Observe | None = None) -> bool:
         """Write one piece of the output into `out`; whether all of it is finite."""
         if self._copied:
             (name, source, _), *_ = self._operands
@@ -103,21 +105,29 @@ class Work:
         sound = True
         for at in range(start, stop, block):
             until = min(at + block, stop)
-            values = self._apply(raw, at - start, until - start, start, traced)
+            arrays = self._widened(raw, at - start, until - start)
+            values = self._apply(arrays, at, traced)
             low, high = max(at, first), min(until, end)
             if low < high:
+                own = slice(low - at, high - at)
                 target = stored[low - first : high - first]
-                sound &= convert.narrow(values[low - at : high - at], self.tensor.dtype, target)
+                sound &= convert.narrow(values[own], self.tensor.dtype, target)
+                if observe:
+                    observe(self.tensor.name, piece, [array[own] for array in arrays], values[own])
         return sound
 
     def digests(
-        self, traced: Traced, pool: Pool, store: Callable[[int, memoryview, bool], None] | None = None
+        self,
+        traced: Traced,
+        pool: Pool,
+        store: Callable[[int, memoryview, bool], None] | None = None,
+        observe: Observe | None = None,
     ) -> Iterator[list[bytes]]:
         """The leaf digests of the output, piece by piece; `store` gets (piece, data, is it finite)."""
 
         def produce(piece: int) -> list[bytes]:
             out = scratch(f"output {self._depth}", self.piece_bytes(piece), np.uint8).data
-            sound = self.compute(piece, traced, out)
+            sound = self.compute(piece, traced, out, observe=observe)
             if store:
                 store(piece, out, sound)
             return leaf_digests(out)
@@ -143,19 +153,21 @@ class Work:
 
     # -- the pieces of both --------------------------------------------------------------------------
 
-    def _apply(
-        self, raw: Sequence[tuple[NDArray[Any], str]], low: int, high: int, start: int, traced: Traced
-    ) -> Array:
-        """The output from element `low` of a piece to `high` as float32; the piece begins at `start`."""
+    def _widened(self, raw: Sequence[tuple[NDArray[Any], str]], low: int, high: int) -> tuple[Array, ...]:
+        """Every operand from element `low` of what was read to `high`, as float32."""
         arrays = []
         for index, (data, dtype) in enumerate(raw):
             out = scratch(f"block {self._depth}.{index}", high - low, np.float32)
             arrays.append(convert.widen(data[low:high], dtype, out))
-        chunk = Chunk(arrays=tuple(arrays), start=start + low, row=self._row, keys=self._keys)
+        return tuple(arrays)
+
+    def _apply(self, arrays: tuple[Array, ...], start: int, traced: Traced) -> Array:
+        """The output for a block that begins at element `start` of the tensor, as float32."""
+        chunk = Chunk(arrays=arrays, start=start, row=self._row, keys=self._keys)
         if self._operator.compiled is None:
             values: Array = self._operator.apply(chunk, self.tensor.parameters, traced).contiguous().numpy()
             return values
-        out = scratch(f"result {self._depth}", high - low, np.float32)
+        out = scratch(f"result {self._depth}", len(arrays[0]), np.float32)
         self._operator.compiled(chunk, self.tensor.parameters, traced, out)
         return out
 

@@ -83,9 +83,9 @@ class Chunk:
     """A run of elements of every operand: float32, one dimension, equal lengths, as numpy `arrays`.
 
     They are in plan order, the base first where the operator needs one, and only to be read. `start` is the
-    index of the first element in the whole tensor. `keys` holds the 64 bit key of chance for each expert.
-    `row` is the length of a row: the last dimension of a matrix, all of a vector. An operator that declares
-    `rows` gets whole rows.
+    index of the first element in the whole tensor. `row` is the length of a row: the last dimension of a
+    matrix, all of a vector; an operator that declares `rows` gets whole rows. `keys` holds a 64 bit key for
+    each expert of an operator that declares `chance`.
     """
 
     arrays: tuple[Array, ...]
@@ -143,7 +143,8 @@ class Operator:
     recipe may spell out but not change. `over_base` takes this operator's place where a recipe has a
     base_model: the same parameters, another formula. `passes` is how often `measure` reads the tensors, at
     most. `traces` names what `measure` returns for the given parameters and number of experts, with the
-    number of values and whether they are ints. With `rows` every chunk consists of whole rows.
+    number of values and whether they are ints. With `rows` every chunk consists of whole rows,
+    with `chance` it comes with keys.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Operator:
     passes: int = 0
     traces: Callable[[Parameters, int], Mapping[str, tuple[int, type]]] = lambda parameters, experts: {}
     rows: bool = False
+    chance: bool = False
     fixed: Mapping[str, bool] = field(default_factory=dict, hash=False)
     over_base: Operator | None = None
 

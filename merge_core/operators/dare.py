@@ -55,6 +55,7 @@ _DARE = Thinning(
     compiled=_compiled,
     parameters=(DENSITY, *RESCALE),
     norm="rescale_l1",
+    chance=True,
 )
 
 DARE_LINEAR = operator("dare_linear", _DARE, consensus=False, normalize=False)

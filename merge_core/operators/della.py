@@ -97,6 +97,7 @@ _DELLA = Thinning(
     parameters=(DENSITY, Parameter(name="epsilon", each=True, default=0.15, low=0.0, high=0.5), *RESCALE),
     norm="rescale_l1",
     rows=True,
+    chance=True,
 )
 
 DELLA = operator("della", _DELLA, consensus=True, normalize=True)

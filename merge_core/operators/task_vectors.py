@@ -87,6 +87,7 @@ class Thinning:
     passes: int = 0
     traces: tuple[str, ...] = ()
     rows: bool = False
+    chance: bool = False
 
     def restores_norm(self, parameters: Parameters) -> bool:
         """Whether the L1 norm of what is thinned out is restored."""
@@ -160,6 +161,7 @@ def operator(name: str, thinning: Thinning, *, consensus: bool, normalize: bool)
         passes=thinning.passes + (thinning.norm is not None),
         traces=traces,
         rows=thinning.rows,
+        chance=thinning.chance,
     )
 
 

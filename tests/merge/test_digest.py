@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+import rfc8785
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_core import digest
@@ -63,3 +64,29 @@ def test_a_caller_who_expects_less_reads_less() -> None:
     assert parse_bounded(b"[1,2,3]", max_values=3) == [1, 2, 3]
     with pytest.raises(ValueError, match="more than 2 values"):
         parse_bounded(b"[1,2,3]", max_values=2)
+
+
+TEXT = st.text(st.characters(codec="utf-8"))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(JSON)
+@settings(max_examples=300, deadline=None)
+def test_the_encoding_is_that_of_the_standard(value: object) -> None:
+    assert canonical(value) == rfc8785.dumps(value)
+
+
+@pytest.mark.parametrize("key", ["\x7f", "é", "\uffff", "\U0001f600"])
+def test_keys_are_ordered_as_the_standard_says(key: str) -> None:
+    value = {key: 1, "\x80": 2, "a": 3, "\ue000": 4}
+    assert canonical(value) == rfc8785.dumps(value)
+
+
+@pytest.mark.parametrize("value", [2**53, -(2**53), {"a": [2**60]}])
+def test_an_integer_that_others_would_round_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="2\\^53"):
+        canonical(value)
