@@ -49,7 +49,10 @@ def token_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) 
 
 
 def settle(
-    choice: TokenizerChoice, models: Mapping[str, int], base: int | None, files: Sequence[Files]
+    choice: TokenizerChoice,
+    models: Mapping[str, int],
+    base: int | None,
+    files: Sequence[Files],
 ) -> Settled:
     """Read the tokenizers of a merge; `models` gives the source of each reference, `files` are all sources'.
 
@@ -87,7 +90,7 @@ def config_changes(plan: TokenizerPlan, donor: Mapping[str, Any], giver: Mapping
     changed = {key: giver[key] for key in _NAMED if key in giver and giver[key] != donor.get(key)}
     nested = donor.get("text_config")
     if "vocab_size" not in donor and isinstance(nested, Mapping):
-        return changed | {"text_config": {**nested, "vocab_size": plan.rows}}
+        return changed | {"text_config.vocab_size": plan.rows}
     return changed | {"vocab_size": plan.rows}
 
 

@@ -54,9 +54,12 @@ class Tokenizers:
     """The tokenizers of a step's models, and the one that is made of them; read when they are asked for."""
 
     def __init__(
-        self, plan: TokenizerPlan, files: Sequence[Files], names: Mapping[int, str] | None = None
+        self,
+        plan: TokenizerPlan,
+        files: Sequence[Files],
+        names: Mapping[int, str] | None = None,
     ) -> None:
-        """`files` are those of every source that the step may take from; `names` are theirs in errors."""
+        """`files` are those of the sources that the step may take from; `names` are theirs in errors."""
         self._plan = plan
         self._files = files
         self._names = names or {}

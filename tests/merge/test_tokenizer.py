@@ -370,7 +370,7 @@ def test_the_config_says_how_many_rows_there_are_and_which_tokens_end_a_text() -
         "eos_token_id": 7,
     }
     nested = {"text_config": {"vocab_size": 60, "hidden_size": 8}}
-    assert config_changes(plan, nested, nested) == {"text_config": {"vocab_size": 64, "hidden_size": 8}}
+    assert config_changes(plan, nested, nested) == {"text_config.vocab_size": 64}
 
 
 # -- chat templates ------------------------------------------------------------------------------------------
