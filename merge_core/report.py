@@ -16,20 +16,28 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merge_core.checkpoint.layout import Role, place
+from merge_core.checkpoint.published import read_bounded
 from merge_core.digest import check_version, parse_bounded
-from merge_core.errors import CorruptCheckpoint
+from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.operators import COPY
 from merge_core.plan import MergePlan
 
 MAX_REPORT = 4 << 20
 LOW, HIGH = 0.5, 2.0
 """Ratios of norms outside of these stand out."""
+
+MERGED = "merged"
+"""What a reading of the result itself is called."""
+
+MAX_TEXT = 1 << 20
+"""Bytes of a text to predict: a model of a billion parameters reads some tens of tokens a second on a CPU."""
 
 _LISTED = 20
 _PARTS = {Role.EMBED: "embedding", Role.NORM: "norm", Role.HEAD: "head"}
@@ -85,7 +93,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How well a model predicts the text that it was given; a model is named as the person named it."""
+    """How well a model predicts a text: MERGED, or a parent by its name on the hub or its model id."""
 
     model: str
     bits_per_byte: float
@@ -98,6 +106,7 @@ class Report:
     """What a merge looks like; `zeros` counts tensors without a weight, `flags` are sentences.
 
     Of `tensors` some were `copied` and some `measured`; the rest was finished by an earlier run, or is empty.
+    `text` says by its digest which text the readings are of, or why there are none.
     """
 
     tensors: int
@@ -135,6 +144,18 @@ class Report:
             return _report(parse_bounded(data))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"not a sanity report: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a text to predict; raises MergeCoreError where it is no UTF-8, empty, or too large."""
+    hint = f"weft merge RECIPE -o DIR --perplexity FILE, a text of at most {MAX_TEXT >> 10} KiB"
+    try:
+        text = read_bounded(path, MAX_TEXT).decode("utf-8")
+    except (OSError, CorruptCheckpoint, UnicodeDecodeError) as error:
+        raise MergeCoreError(f"{path} cannot be read as text: {error}", hint=hint) from error
+    if not text.strip():
+        raise MergeCoreError(f"{path} has no text in it", hint=hint)
+    return text
 
 
 def report(plan: MergePlan, norms: Norms) -> Report:

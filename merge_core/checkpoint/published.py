@@ -33,6 +33,7 @@ AGREEMENTS_FILE = "weft.agreements.json"
 MANIFEST_FILE = "weft.manifest.json"
 PLAN_FILE = "weft.plan.json"
 PUBLISHER_FILE = "weft.publisher.json"
+REPORT_FILE = "weft.report.json"
 TRACE_FILE = "weft.trace.json"
 RECORD_FILES = (
     RECIPE_FILE,
@@ -42,6 +43,7 @@ RECORD_FILES = (
     MANIFEST_FILE,
     PLAN_FILE,
     PUBLISHER_FILE,
+    REPORT_FILE,
     TRACE_FILE,
 )
 """The files that publishing or merging adds."""

@@ -9,6 +9,6 @@ loading      a checkpoint as a model, without running anything that the director
 """
 
 from merge_core.evaluation.exact_match import score, verdicts
-from merge_core.evaluation.perplexity import Prediction, predict, read_text
+from merge_core.evaluation.perplexity import Prediction, predict
 
-__all__ = ["Prediction", "predict", "read_text", "score", "verdicts"]
+__all__ = ["Prediction", "predict", "score", "verdicts"]

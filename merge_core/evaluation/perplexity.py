@@ -1,7 +1,6 @@
 """Perplexity: how well a model predicts a text, in bits per byte too, which no tokenizer changes.
 
-    text = read_text(Path("notes.txt"))
-    predict(Path("merged"), text)  ->  Prediction(tokens=812, bytes=3110, nats=2467.3)
+    predict(Path("merged"), "It was a dark …")  ->  Prediction(tokens=812, bytes=3110, nats=2467.3)
 
 The text is read through a window of the model's context that moves on by half of itself, so that all but the
 first tokens are predicted from at least half a window, in float32.
@@ -19,11 +18,8 @@ import torch
 from tokenizers import Tokenizer
 
 from merge_core.checkpoint.published import read_bounded
-from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
+from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.evaluation.loading import load_any
-
-MAX_TEXT = 1 << 20
-"""Bytes of a text: a model of a billion parameters reads some hundred a second on a CPU."""
 
 MAX_WINDOW = 2048
 _MAX_TOKENIZER = 256 << 20
@@ -39,26 +35,13 @@ class Prediction:
 
     @property
     def perplexity(self) -> float:
-        """The number of equally likely tokens that would surprise as much; infinite beyond all bounds."""
-        mean = self.nats / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
+        """The number of equally likely tokens that would surprise as much, or e^700 of them."""
+        return math.exp(min(self.nats / self.tokens, 700.0))
 
     @property
     def bits_per_byte(self) -> float:
         """Bits that a compressor with this model would need for a byte of the text."""
         return self.nats / math.log(2) / self.bytes
-
-
-def read_text(path: Path) -> str:
-    """Read the text to predict; raises MergeCoreError where it is no UTF-8, empty, or too large."""
-    hint = f"name a text file of at most {MAX_TEXT >> 10} KiB"
-    try:
-        text = read_bounded(path, MAX_TEXT).decode("utf-8")
-    except (CorruptCheckpoint, UnicodeDecodeError) as error:
-        raise MergeCoreError(f"{path} cannot be predicted: {error}", hint=hint) from error
-    if not text.strip():
-        raise MergeCoreError(f"{path} has no text in it", hint=hint)
-    return text
 
 
 def predict(
@@ -81,6 +64,8 @@ def predict(
         nats += loss
         if on_progress:
             on_progress(done, len(given))
+    if not math.isfinite(nats):
+        raise Unmergeable(f"{directory} finds a token impossible, or computes no numbers")
     skipped = len(text[: ends[0]].encode()) if given is ids else 0
     return Prediction(tokens=len(given) - 1, bytes=len(text.encode()) - skipped, nats=nats)
 

@@ -4,7 +4,7 @@
     2 compile and seal       the MergePlan, whose digest names the merge
     3 agree and fetch        whatever is not here yet
     4 execute                in a worker: the only process that loads torch
-    5 record and sign        plan, Trace, manifest, card, provenance, signature
+    5 record and sign        plan, Trace, manifest, report, card, provenance, signature
     6 rename into place      from here on the model exists
     7 publish                if asked for
 
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -24,22 +25,31 @@ from typing import Any
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import Manifest
-from merge_core.checkpoint.published import MANIFEST_FILE, PLAN_FILE, SIGNATURE_FILE
+from merge_core.checkpoint.published import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    REPORT_FILE,
+    SIGNATURE_FILE,
+    read_bounded,
+)
 from merge_core.checkpoint.reader import read_functional
 from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import ModelId
 from merge_core.errors import CannotWrite, MergeCoreError, Unmergeable
 from merge_core.functional import result_files
-from merge_core.plan import MergePlan
+from merge_core.memory import fit
+from merge_core.plan import THREADS, MergePlan
 from merge_core.recipe import Recipe
+from merge_core.report import MAX_REPORT, MERGED, Reading, Report
 from merge_core.resolve import Estimate, draft
 from merge_core.trace import Trace
 from node.domain.job import JobState
 from node.domain.negotiation import Purpose
-from node.errors import LocalError
+from node.errors import LimitReached, LocalError, WeftError
 from node.identity.keyring import Identity
 from node.jobs.runner import Attempt
 from node.merging import card
+from node.merging.inherited import Inherited, inherit
 from node.merging.known import KnownPlaces
 from node.merging.parents import Obtained, OnDisk, Parent, ParentSource
 from node.provenance.attest import Merge, Terms, attest, record
@@ -57,6 +67,16 @@ class Planned:
     parents: tuple[Parent, ...]
     estimate: Estimate
     plan: MergePlan
+
+    @property
+    def inherited(self) -> Inherited:
+        """The licence of the result, and what its parents' licences have to say."""
+        return inherit({parent.reference: parent.licence for parent in self.parents})
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What does not stand against the merge, but is for a person to judge."""
+        return (*self.estimate.warnings, *self.inherited.warnings)
 
 
 class Merging:
@@ -79,15 +99,18 @@ class Merging:
         self._publish = publish
 
     async def plan(self, recipe: Recipe, attempt: Attempt | None = None) -> Planned:
-        """Resolve a recipe from headers; raises Unmergeable with every incompatibility."""
+        """Resolve a recipe from headers; raises Unmergeable with every incompatibility, or for a licence."""
         parents = await self._parents.find(recipe.models, attempt)
         _refuse_repeats(parents)
-        return await asyncio.to_thread(_compile, recipe, parents)
+        planned = await asyncio.to_thread(_compile, recipe, parents)
+        planned.inherited.refuse()
+        return planned
 
     async def merge(self, attempt: Attempt) -> dict[str, Any]:
-        """Do the job {recipe, directory, publish_as}.
+        """Do the job {recipe, directory, publish_as, threads, max_memory, perplexity}.
 
-        The result is {model_id, directory, signed, warnings}.
+        All but the first two may be missing; `perplexity` names a text. The result is {model_id, directory,
+        signed, licence, warnings, report}.
         """
         target = Path(attempt.request["directory"])
         planned = await self.plan(recipes.parse(attempt.request["recipe"]), attempt)
@@ -97,11 +120,13 @@ class Merging:
                 hint=f"weft merge RECIPE -o {target}",
             )
         attempt.reach("plan", planned.plan.digest)
+        threads = _threads(planned, attempt.request)
         if not _is_there(target, planned.plan):
             obtained = await self._parents.obtain(planned.parents, planned.plan, Purpose.MERGE, attempt)
             planned = replace(planned, parents=tuple(obtained.settle(p) for p in planned.parents))
             try:
-                await self._execute(attempt, planned, obtained, target)
+                planned.inherited.refuse()  # a signed card may say what an advert did not
+                await self._execute(attempt, planned, obtained, target, threads)
             except MergeCoreError:
                 await asyncio.to_thread(discard, target)  # trying again would end the same way
                 raise
@@ -110,12 +135,15 @@ class Merging:
         self._remember(planned, manifest.model_id, target)
         if self._publish and attempt.request.get("publish_as"):
             name = attempt.request["publish_as"]
-            await self._publish(target, name, card.combined_licence(planned.parents))
+            await self._publish(target, name, planned.inherited.licence)
+        found = Report.parse(await asyncio.to_thread(read_bounded, target / REPORT_FILE, MAX_REPORT))
         return {
             "model_id": manifest.model_id,
             "directory": str(target),
             "signed": (target / SIGNATURE_FILE).is_file(),
-            "warnings": list(planned.estimate.warnings),
+            "licence": planned.inherited.licence,
+            "warnings": list(planned.warnings),
+            "report": card.told(found, planned.parents),
         }
 
     def _remember(self, planned: Planned, model_id: ModelId, target: Path) -> None:
@@ -125,29 +153,36 @@ class Merging:
                 if parent.directory is not None:
                     self._known.remember(parent.model_id, parent.directory)
 
-    async def _execute(self, attempt: Attempt, planned: Planned, obtained: Obtained, target: Path) -> None:
+    async def _execute(
+        self, attempt: Attempt, planned: Planned, obtained: Obtained, target: Path, threads: int
+    ) -> None:
         attempt.enter(JobState.MERGING)
         work = work_folder(target)
         inputs = [obtained.parents[model_id] for model_id in planned.plan.inputs]
         await asyncio.to_thread(lay_out, work, planned.plan, inputs)
-        made = await process.run("merge", _request(work, inputs, target), on_event=teller(attempt))
+        request = _request(work, inputs, target) | {"threads": threads}
+        made = await process.run("merge", request, on_event=teller(attempt))
         attempt.enter(JobState.VERIFYING)
-        await asyncio.to_thread(self._finish, target, planned, obtained, made)
+        merged = await asyncio.to_thread(_read_back, planned, obtained, made)
+        found = Report.parse(await asyncio.to_thread(Path(made["report"]).read_bytes))
+        files = await asyncio.to_thread(_functional, planned.plan, inputs)
+        if attempt.request.get("perplexity"):
+            await asyncio.to_thread(_lay_beside, target, planned.plan, files)
+            found = await _predicted(attempt, planned, inputs, target, found)
+        files |= card.files(
+            planned.recipe,
+            planned.plan,
+            planned.parents,
+            planned.inherited,
+            merged.manifest.model_id,
+            found,
+        )
+        await asyncio.to_thread(self._finish, target, merged, files)
 
-    def _finish(self, target: Path, planned: Planned, obtained: Obtained, made: Mapping[str, Any]) -> None:
+    def _finish(self, target: Path, merged: Merge, files: Mapping[str, bytes]) -> None:
         """Add what belongs beside the weights, sign and rename; up to the rename it can be done again."""
-        merged = _read_back(planned, obtained, made)
-        texts = card.files(planned.recipe, planned.plan, planned.parents, merged.manifest.model_id)
-        inputs = [obtained.parents[model_id] for model_id in planned.plan.inputs]
-        files = [partial(read_functional, parent.directory, parent.manifest) for parent in inputs]
-        functional = result_files(planned.plan, files)
-        with CheckpointWriter.create(target, planned.plan.layout) as writer:
-            if not writer.resumed:
-                writer.discard()
-                raise CannotWrite(
-                    f"what was merged into {target} is gone", hint="free disk space, merge again"
-                )
-            for name, data in {**functional, **texts}.items():
+        with _taken_up(target, merged.plan) as writer:
+            for name, data in files.items():
                 writer.add_file(name, data)
             if self._identity is None:
                 record(partial_path(target), merged)
@@ -183,6 +218,58 @@ def _is_there(target: Path, plan: MergePlan) -> bool:
     if not record.is_file() or record.read_bytes() != plan.to_bytes():
         raise LocalError(f"{target} exists", hint=f"weft merge RECIPE -o {target}-2")
     return True
+
+
+@contextmanager
+def _taken_up(target: Path, plan: MergePlan) -> Iterator[CheckpointWriter]:
+    """The partial checkpoint that the worker wrote; raises CannotWrite where it is gone."""
+    with CheckpointWriter.create(target, plan.layout) as writer:
+        if not writer.resumed:
+            writer.discard()
+            raise CannotWrite(f"what was merged into {target} is gone", hint="free disk space, merge again")
+        yield writer
+
+
+def _lay_beside(target: Path, plan: MergePlan, files: Mapping[str, bytes]) -> None:
+    """Make the partial checkpoint one that can be opened."""
+    with _taken_up(target, plan) as writer:
+        for name, data in files.items():
+            writer.add_file(name, data)
+
+
+def _functional(plan: MergePlan, inputs: Sequence[OnDisk]) -> dict[str, bytes]:
+    """The files that the result has from its parents, by name."""
+    return result_files(plan, [partial(read_functional, item.directory, item.manifest) for item in inputs])
+
+
+async def _predicted(
+    attempt: Attempt, planned: Planned, inputs: Sequence[OnDisk], target: Path, found: Report
+) -> Report:
+    """The report with how well the result and its parents predict a text, or why nobody knows.
+
+    A merge that is done is worth more than a figure about it, so no failure here is one of the merge.
+    """
+    models = [[MERGED, str(partial_path(target))]]
+    models += [
+        [parent.label, str(item.directory)] for parent, item in zip(planned.parents, inputs, strict=True)
+    ]
+    request = {"text": attempt.request["perplexity"], "models": models}
+    try:
+        answer = await process.run("perplexity", request, on_event=teller(attempt))
+    except (MergeCoreError, WeftError) as error:
+        return replace(found, text=f"not measured: {error.why}")
+    readings = tuple(Reading(**reading) for reading in answer["readings"])
+    return replace(found, text=answer["text"], readings=readings)
+
+
+def _threads(planned: Planned, request: Mapping[str, Any]) -> int:
+    """How many threads the merge may have; raises LimitReached where one needs more than is allowed."""
+    tensors = [parent.header.tensors for parent in planned.parents]
+    wanted, limit = request.get("threads") or THREADS, request.get("max_memory") or None
+    try:
+        return fit(planned.plan.steps, tensors, threads=wanted, limit=limit)
+    except Unmergeable as error:
+        raise LimitReached(error.why, hint=error.hint) from error
 
 
 def _read_back(planned: Planned, obtained: Obtained, made: Mapping[str, Any]) -> Merge:

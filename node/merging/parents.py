@@ -23,6 +23,8 @@ from node.domain.negotiation import Purpose
 from node.errors import NotEnoughPeers
 from node.identity.envelopes import Envelope
 from node.jobs.runner import Attempt
+from node.merging import hub
+from node.merging.hub import HubModel
 from node.merging.references import LocalDirectory, Published, nowhere_here, parse_reference
 
 
@@ -46,6 +48,16 @@ class Parent:
     def model_id(self) -> ModelId:
         """Its name everywhere."""
         return self.manifest.model_id
+
+    @property
+    def on_hub(self) -> HubModel | None:
+        """The model of the hub, by commit, whose download it is."""
+        return hub.origin(self.directory) if self.directory is not None else None
+
+    @property
+    def label(self) -> str:
+        """What others may know it by: its name on the hub, else its model id; never where it lies here."""
+        return self.on_hub.repository if self.on_hub else str(self.model_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,9 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
     zoo          {directory, seed, size}                       -> {base, experts: {domain: directory}}
     evaluate     {models: {name: directory}, domains, split?, limit?} -> {scores: {name: {domain: share}}}
     fingerprint  {input, output}                               -> {digest, size}
-    merge        {plan, inputs, target, journal, output}
-                 -> {model_id, manifest, leaves, trace}
+    merge        {plan, inputs, target, journal, output, threads?}
+                 -> {model_id, manifest, leaves, trace, report}
+    perplexity   {text, models: [[name, directory]]} -> {text, readings: [{model, bits_per_byte, …}]}
     audit        {plan, trace, inputs, manifest, leaves}
                  -> {checked, failed: [[tensor, leaf]], failures, trace_ok, files_ok}
 
@@ -29,8 +30,9 @@ from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
 from merge_core.checkpoint.published import read_bounded
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, read_functional
-from merge_core.errors import CorruptCheckpoint
-from merge_core.plan import MAX_PLAN, MergePlan
+from merge_core.digest import sha256
+from merge_core.errors import CorruptCheckpoint, MergeCoreError
+from merge_core.plan import MAX_PLAN, THREADS, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
 from node.worker.messages import Emit
 
@@ -92,25 +94,56 @@ def merge(request: Request, emit: Emit) -> Result:
     Raises CorruptCheckpoint where an input is another model than the plan names.
     """
     from merge_core import execute
+    from merge_core.report import Norms, report
 
-    plan = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN))
+    plan, norms = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN)), Norms()
     with _inputs(plan, request["inputs"]) as inputs:
         merged = execute.run(
             plan,
             inputs,
             Path(request["target"]),
             journal=Path(request["journal"]),
+            threads=request.get("threads", THREADS),
+            observe=norms.observe,
             on_progress=_counter(emit, "merge", plan.output_bytes),
         )
     output = Path(request["output"])
     output.mkdir(parents=True, exist_ok=True)
-    paths = {"manifest": "manifest.json", "leaves": "leaves.bin", "trace": "trace.json"}
-    for name, part in (("manifest", merged.manifest), ("leaves", merged.leaves), ("trace", merged.trace)):
-        files.replace(output / paths[name], part.to_bytes())
+    made = {
+        "manifest.json": merged.manifest.to_bytes(),
+        "leaves.bin": merged.leaves.to_bytes(),
+        "trace.json": merged.trace.to_bytes(),
+        "report.json": report(plan, norms).to_bytes(),
+    }
+    for name, data in made.items():
+        files.replace(output / name, data)
     return {
         "model_id": merged.manifest.model_id,
-        **{name: str(output / path) for name, path in paths.items()},
+        **{Path(name).stem: str(output / name) for name in made},
     }
+
+
+def perplexity(request: Request, emit: Emit) -> Result:
+    """Let models predict a text; one that cannot is left out, and `text` says why."""
+    from merge_core.evaluation import predict
+    from merge_core.report import read_text
+
+    text = read_text(Path(request["text"]))
+    told = f"{len(text.encode())} bytes of text, {sha256(text.encode())}"
+    readings = []
+    for name, directory in request["models"]:
+
+        def count(done: int, total: int, name: str = name) -> None:
+            emit({"kind": "progress", "what": f"predict with {name}", "done": done, "total": total})
+
+        try:
+            found = predict(Path(directory), text, on_progress=count)
+        except MergeCoreError as error:
+            told += f"; not by {name}: {error.why.replace(directory, 'it')}"
+            continue
+        figures = {"bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
+        readings.append({"model": name, **figures, "tokens": found.tokens})
+    return {"text": told, "readings": readings}
 
 
 def audit(request: Request, emit: Emit) -> Result:
@@ -189,5 +222,6 @@ TASKS: dict[str, Callable[[Request, Emit], Result]] = {
     "evaluate": evaluate,
     "fingerprint": fingerprint,
     "merge": merge,
+    "perplexity": perplexity,
     "audit": audit,
 }

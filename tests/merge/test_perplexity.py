@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
-from merge_core.evaluation import predict, read_text
-from merge_core.evaluation.perplexity import MAX_TEXT
+from merge_core.evaluation import predict
 
 TEXT = "The quick brown fox jumps over the lazy dog. Ünïcödé counts by bytes.\n" * 3
 CONTEXT = 32
@@ -152,12 +151,3 @@ def test_what_cannot_be_opened_as_data_is_refused(
     spoil(model)
     with pytest.raises(kind, match=why):
         predict(model, TEXT)
-
-
-@pytest.mark.parametrize("data", [b"", b" \n", b"\xff\xfe\x00", b"x" * (MAX_TEXT + 1)])
-def test_a_text_is_utf8_of_bounded_size(data: bytes, tmp_path: Path) -> None:
-    (tmp_path / "text").write_bytes(data)
-    with pytest.raises(MergeCoreError):
-        read_text(tmp_path / "text")
-    (tmp_path / "text").write_bytes(TEXT.encode())
-    assert read_text(tmp_path / "text") == TEXT

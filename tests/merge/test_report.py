@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from merge_core.digest import ModelId, sha256
-from merge_core.errors import CorruptCheckpoint
+from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.operators import COPY
 from merge_core.plan import MergePlan, Operand, Step, TensorPlan
-from merge_core.report import Extreme, Norms, Reading, Report, report
+from merge_core.report import MAX_TEXT, Extreme, Norms, Reading, Report, read_text, report
 
 NAMES = (
     "lm_head.weight",
@@ -145,3 +146,12 @@ def test_a_report_survives_its_file_and_a_damaged_one_is_refused() -> None:
         assert before in data
         with pytest.raises(CorruptCheckpoint, match="not a sanity report"):
             Report.parse(data.replace(before, after, 1))
+
+
+@pytest.mark.parametrize("data", [b"", b" \n", b"\xff\xfe\x00", b"x" * (MAX_TEXT + 1)])
+def test_a_text_is_utf8_of_bounded_size(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(data)
+    with pytest.raises(MergeCoreError):
+        read_text(tmp_path / "text")
+    (tmp_path / "text").write_bytes("Ünïcödé\n".encode())
+    assert read_text(tmp_path / "text") == "Ünïcödé\n"
