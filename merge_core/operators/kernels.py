@@ -329,10 +329,9 @@ def keep_between(
 
 
 @kernel
-def variance(rows: Any, out: Any) -> None:
-    """The variance of each column of `rows` about its mean, both divided by the number of rows."""
+def spread(rows: Any, out: Any) -> None:
+    """Σ(xₖ − mean)² over the `rows` of each column, one row after the other, as Welford does."""
     count, length = rows.shape
-    divisor = np.float32(count)
     mean = np.empty(BLOCK, np.float32)
     for start in range(0, length, BLOCK):
         size = min(BLOCK, length - start)
@@ -341,18 +340,11 @@ def variance(rows: Any, out: Any) -> None:
             mean[i] = rows[0, start + i]
             target[i] = 0.0
         for k in range(1, count):
-            row = rows[k, start : start + size]
-            for i in range(size):
-                mean[i] = mean[i] + row[i]
-        for i in range(size):
-            mean[i] = mean[i] / divisor
-        for k in range(count):
-            row = rows[k, start : start + size]
+            row, share = rows[k, start : start + size], np.float32(1.0) / np.float32(k + 1)
             for i in range(size):
                 off = row[i] - mean[i]
-                target[i] = target[i] + off * off
-        for i in range(size):
-            target[i] = target[i] / divisor
+                mean[i] = mean[i] + off * share
+                target[i] = target[i] + off * (row[i] - mean[i])
 
 
 @kernel

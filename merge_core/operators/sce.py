@@ -27,25 +27,24 @@ from merge_core.operators.base import (
     Stream,
     Traced,
     number,
+    single,
 )
 from merge_core.operators.consensus import agreeing, agreeing_into
 from merge_core.operators.scratch import scratch
-from merge_core.operators.trimming import NOTHING, Cut, cut_at, cuts, taken, trace_cuts, uppers
+from merge_core.operators.trimming import NOTHING, Cut, blocks, cut_at, cuts, taken, trace_cuts, uppers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def variance(deltas: Sequence[Tensor]) -> Tensor:
-    """The variance over the experts, element by element: two divisions by their number."""
-    count = float(len(deltas))
-    total = deltas[0]
-    for delta in deltas[1:]:
-        total = total + delta
-    mean, squares = total / count, total.new_zeros(total.shape)
-    for delta in deltas:
-        squares = squares + (delta - mean) * (delta - mean)
-    return squares / count
+def spread(deltas: Sequence[Tensor]) -> Tensor:
+    """Their variance, times their number: Welford's recurrence, in which equal ones give exactly zero."""
+    mean, squares = deltas[0], deltas[0].new_zeros(deltas[0].shape)
+    for count, delta in enumerate(deltas[1:], 2):
+        off = delta - mean
+        mean = mean + off * single(1.0 / count)
+        squares = squares + off * (delta - mean)
+    return squares
 
 
 def _deltas(chunk: Chunk) -> NDArray[np.float32]:
@@ -57,12 +56,12 @@ def _deltas(chunk: Chunk) -> NDArray[np.float32]:
     return rows
 
 
-def _variances(rows: NDArray[np.float32]) -> Array:
-    """`variance`, compiled."""
+def _spread(rows: NDArray[np.float32]) -> Array:
+    """`spread`, compiled."""
     from merge_core.operators import kernels
 
-    out = scratch("variances", rows.shape[1], np.float32)
-    kernels.variance(rows, out)
+    out = scratch("spread", rows.shape[1], np.float32)
+    kernels.spread(rows, out)
     return out
 
 
@@ -72,7 +71,7 @@ def _selected(chunk: Chunk, parameters: Parameters, cut: Cut) -> NDArray[np.floa
 
     rows = _deltas(chunk)
     if number(parameters, "select_topk") < 1.0:
-        kernels.select(_variances(rows), *cut.within(chunk), rows)
+        kernels.select(_spread(rows), *cut.within(chunk), rows)
     return rows
 
 
@@ -87,13 +86,13 @@ def _cut(stream: Stream, share: float) -> Cut:
         return Cut(0, stream.length - 1)
     if share <= 0.0:
         return NOTHING
-    counted = uppers(stream, [_chunk_variances])
-    keep = int((stream.length - counted[_chunk_variances].zeros) * share)
-    return cuts(stream, [_chunk_variances], [keep], counted)[0]
+    counted = uppers(stream, [_spread_of])
+    keep = int((stream.length - counted[_spread_of].zeros) * share)
+    return cuts(stream, [_spread_of], [keep], counted)[0]
 
 
-def _chunk_variances(chunk: Chunk) -> Array:
-    return _variances(_deltas(chunk))
+def _spread_of(chunk: Chunk) -> Array:
+    return _spread(_deltas(chunk))
 
 
 def _weights(stream: Stream, parameters: Parameters, cut: Cut) -> tuple[float, ...]:
@@ -101,12 +100,16 @@ def _weights(stream: Stream, parameters: Parameters, cut: Cut) -> tuple[float, .
     from merge_core.operators.reductions import block_dots, require_finite
 
     def squares(chunk: Chunk) -> list[list[float]]:
-        return [block_dots(row, row) for row in _selected(chunk, parameters, cut)]
+        sums: list[list[float]] = [[] for _ in chunk.arrays[1:]]
+        for block in blocks(chunk):
+            for expert, row in enumerate(_selected(block, parameters, cut)):
+                sums[expert] += block_dots(row, row)
+        return sums
 
     energies: list[float] = []
-    for blocks in stream.map(squares):
-        energies = energies or [0.0] * len(blocks)
-        for expert, values in enumerate(blocks):
+    for sums in stream.map(squares):
+        energies = energies or [0.0] * len(sums)
+        for expert, values in enumerate(sums):
             for value in values:
                 energies[expert] += value
     require_finite(energies)
@@ -121,7 +124,7 @@ def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
     base, *experts = chunk.tensors
     deltas = [expert - base for expert in experts]
     if number(parameters, "select_topk") < 1.0:
-        selected = taken(variance(deltas), chunk, cut_at(traced, 0)).to(base.dtype)
+        selected = taken(spread(deltas), chunk, cut_at(traced, 0)).to(base.dtype)
         deltas = [delta * selected for delta in deltas]
     weights = traced["weights"]
     return base + agreeing(deltas, weights, normalize=True, factors=weights)

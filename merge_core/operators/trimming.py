@@ -7,7 +7,7 @@ tie at the threshold the lowest indices are taken. What comes out is a Cut: two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ Magnitudes = Callable[[Chunk], Array]
 _Counts = NDArray[Any]
 _BINS = 1 << 15
 """The patterns of the upper 16 bits of what has no sign."""
+_BLOCK = 1 << 15
 _INFINITY = 0x7F800000
 
 
@@ -85,6 +86,13 @@ def delta_magnitudes(expert: int) -> Magnitudes:
     return of
 
 
+def blocks(chunk: Chunk) -> Iterator[Chunk]:
+    """The parts of a chunk, one after the other, whose float32 values stay in the cache between two steps."""
+    for at in range(0, len(chunk.arrays[0]), _BLOCK):
+        arrays = tuple(array[at : at + _BLOCK] for array in chunk.arrays)
+        yield Chunk(arrays=arrays, start=chunk.start + at, row=chunk.row, keys=chunk.keys)
+
+
 class Uppers(NamedTuple):
     """How often each pattern of the upper 16 bits occurs in what is compared, and zero itself."""
 
@@ -98,18 +106,19 @@ def uppers(stream: Stream, compared: Iterable[Magnitudes]) -> dict[Magnitudes, U
 
     totals = {magnitudes: Uppers(np.zeros(_BINS, np.int64), 0) for magnitudes in compared}
 
-    def count(chunk: Chunk) -> list[tuple[Magnitudes, _Counts, int]]:
-        found = []
-        for magnitudes in totals:
-            counts = np.zeros(_BINS, np.int32)
-            found.append((magnitudes, counts, kernels.count_upper(magnitudes(chunk).view(np.uint32), counts)))
+    def count(chunk: Chunk) -> dict[Magnitudes, Uppers]:
+        found = {magnitudes: Uppers(np.zeros(_BINS, np.int32), 0) for magnitudes in totals}
+        for block in blocks(chunk):
+            for magnitudes, (counts, zeros) in found.items():
+                more = kernels.count_upper(magnitudes(block).view(np.uint32), counts)
+                found[magnitudes] = Uppers(counts, zeros + more)
         return found
 
     for found in stream.map(count):
-        for magnitudes, counts, zeros in found:
+        for magnitudes, (counts, zeros) in found.items():
             total = totals[magnitudes]
             total.counts[:] += counts
-            totals[magnitudes] = total._replace(zeros=total.zeros + zeros)
+            totals[magnitudes] = Uppers(total.counts, total.zeros + zeros)
     return totals
 
 
@@ -151,18 +160,17 @@ def _lowers(stream: Stream, sought: Mapping[int, Magnitudes], bins: Mapping[int,
 
     totals = {at: np.zeros(1 << 16, np.int64) for at in sought}
 
-    def count(chunk: Chunk) -> list[tuple[int, _Counts]]:
-        found = []
-        for magnitudes in dict.fromkeys(sought.values()):
-            bits = magnitudes(chunk).view(np.uint32)
-            for at in (at for at, same in sought.items() if same is magnitudes):
-                counts = np.zeros(1 << 16, np.int32)
-                kernels.count_lower(bits, np.uint32(bins[at]), counts)
-                found.append((at, counts))
+    def count(chunk: Chunk) -> dict[int, _Counts]:
+        found = {at: np.zeros(1 << 16, np.int32) for at in sought}
+        for block in blocks(chunk):
+            for magnitudes in dict.fromkeys(sought.values()):
+                bits = magnitudes(block).view(np.uint32)
+                for at in (at for at, same in sought.items() if same is magnitudes):
+                    kernels.count_lower(bits, np.uint32(bins[at]), found[at])
         return found
 
     for found in stream.map(count):
-        for at, counts in found:
+        for at, counts in found.items():
             totals[at] += counts
     return totals
 
@@ -182,17 +190,18 @@ def _locate(
 
     rest, found = dict(nth), {}
 
-    def at_threshold(chunk: Chunk) -> tuple[int, dict[int, NDArray[np.intp]]]:
-        hits = {
-            at: kernels.equal_to(sought[at](chunk).view(np.uint32), np.uint32(bits))
-            for at, bits in thresholds.items()
-        }
-        return chunk.start, hits
+    def at_threshold(chunk: Chunk) -> dict[int, NDArray[np.int64]]:
+        hits: dict[int, list[NDArray[np.int64]]] = {at: [] for at in thresholds}
+        for block in blocks(chunk):
+            for at, bits in thresholds.items():
+                equal = kernels.equal_to(sought[at](block).view(np.uint32), np.uint32(bits))
+                hits[at].append(equal + block.start)
+        return {at: np.concatenate(indices) for at, indices in hits.items()}
 
-    for start, hits in stream.map(at_threshold):
+    for hits in stream.map(at_threshold):
         for at, indices in hits.items():
             if at not in found and rest[at] <= len(indices):
-                found[at] = start + int(indices[rest[at] - 1])
+                found[at] = int(indices[rest[at] - 1])
             rest[at] -= len(indices)
         if len(found) == len(thresholds):
             break
