@@ -22,6 +22,7 @@ from merge_core.tokenizer import union
 from merge_core.tokenizer.union import Files, Tokenizers
 
 _DEPTH = 6
+_INNER = f"{NESTED}."
 _TEXT = 4096
 
 _GENERATION_REFUSED = frozenset({"auto_map", "custom_generate", "cache_implementation", "compile_config"})
@@ -41,11 +42,13 @@ def source_files(plan: MergePlan, inputs: Sequence[Files]) -> list[Files]:
     """The functional files of everything that a plan's steps take from: its inputs, and what they make."""
     sources = list(inputs)
     for step in plan.steps:
-        sources.append(_made_by(step, tuple(sources)))
+        sources.append(step_files(step, tuple(sources)))
     return sources
 
 
-def _made_by(step: Step, sources: Sequence[Files]) -> Files:
+def step_files(step: Step, sources: Sequence[Files]) -> Files:
+    """The functional files of what a step makes of sources; asking for them raises as `result_files` does."""
+
     def make() -> dict[str, bytes]:
         given = sources[step.donor]()
         if step.tokenizer is not None:
@@ -87,12 +90,15 @@ def output_files(step: Step, donor_files: Mapping[str, bytes]) -> dict[str, byte
 def output_config(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
     """The known keys of a donor's config with plain values, as the step changes them.
 
-    Its element type stands under the keys that the donor uses, else under `torch_dtype`.
+    A change of a nested config is called text_config.KEY. Its element type stands under the keys that the
+    donor uses, else under `torch_dtype`.
     """
-    changed = {**config, **step.config}
-    kept = _known(changed)
-    if isinstance(nested := changed.get(NESTED), Mapping):
-        kept[NESTED] = _known(nested)
+    kept = _known({**config, **step.config})
+    if isinstance(nested := config.get(NESTED), Mapping):
+        inner = {
+            key.removeprefix(_INNER): value for key, value in step.config.items() if key.startswith(_INNER)
+        }
+        kept[NESTED] = _known({**nested, **inner})
     named = next((name for name, short in DTYPES.items() if short == step.dtype), "float64")
     spelled = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     return kept | dict.fromkeys(spelled, named)

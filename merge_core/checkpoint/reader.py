@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,8 +301,13 @@ class VerifiedSource:
 
 def read_functional(directory: Path, manifest: Manifest) -> dict[str, bytes]:
     """The functional files of a checkpoint, as its manifest names them; raises CorruptCheckpoint."""
+    return read_recorded(directory, manifest.files)
+
+
+def read_recorded(directory: Path, records: Sequence[FileRecord]) -> dict[str, bytes]:
+    """Files of a checkpoint, as these records name them; raises CorruptCheckpoint."""
     files: dict[str, bytes] = {}
-    for record in manifest.files:
+    for record in records:
         files[record.path] = published.read_bounded(directory / record.path, record.size)
         if sha256(files[record.path]) != record.sha256:
             raise CorruptCheckpoint(

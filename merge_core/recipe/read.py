@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from merge_core import plain_yaml
@@ -15,6 +15,7 @@ from merge_core.recipe import settings
 from merge_core.recipe.graph import in_order
 from merge_core.recipe.settings import NOTHING, Settings
 from merge_core.recipe.values import DTYPES, Input, Merge, Recipe, Slice
+from merge_core.tokenizer import choice, templates
 
 MAX_RECIPE = 1 << 20
 MAX_MERGES = 64
@@ -24,7 +25,7 @@ MAX_TEXT = 1024
 
 _KEYS = frozenset(
     {"name", "merge_method", "base_model", "models", "slices", "modules"}
-    | {"parameters", "dtype", "out_dtype", "tokenizer_source"}
+    | {"parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"}
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -93,12 +94,14 @@ class _Reader:
             else self._settings("modules: default", made, operator),
             dtype=self._dtype("dtype", value.get("dtype")),
             out_dtype=self._dtype("out_dtype", value.get("out_dtype")),
+            tokenizer=choice.read(value, self._fault, partial(self._reference, needed=True)),
+            chat_template=templates.read(value.get("chat_template"), self._fault),
         )
         if operator is None or not all(part.inputs for part in merge.slices) or not merge.slices:
             return None
         for position, part in enumerate(merge.slices):
             self._check(merge, part, "" if merge.is_whole else f"slices[{position}]: ")
-        return replace(merge, tokenizer=self._tokenizer(value.get("tokenizer_source"), merge))
+        return merge
 
     def _unknown(self, value: dict[str, Any], known: frozenset[str], where: str) -> None:
         for key in value:
@@ -226,16 +229,6 @@ class _Reader:
         if isinstance(value, str) and value in DTYPES:
             return DTYPES[value]
         self._fault(f"{key} {str(value)[:80]}: not supported; it is one of: {', '.join(DTYPES)}")
-        return None
-
-    def _tokenizer(self, value: Any, merge: Merge) -> str | None:
-        if value is None:
-            return None
-        if (value == "base" and merge.base is not None) or value == merge.donor:
-            return merge.donor
-        self._fault(
-            f"tokenizer_source {str(value)[:80]}: not supported; the tokenizer is that of {merge.donor}"
-        )
         return None
 
     def _check(self, merge: Merge, part: Slice, where: str) -> None:

@@ -16,6 +16,8 @@ from merge_core.errors import InvalidRecipe
 from merge_core.operators import find
 from merge_core.operators.base import Operator, Value
 from merge_core.recipe.settings import NOTHING, Settings, evaluate, write
+from merge_core.tokenizer import choice
+from merge_core.tokenizer.choice import TokenizerChoice
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """What `dtype` and `out_dtype` may say, and the safetensors name of each."""
@@ -50,7 +52,7 @@ class Slice:
 class Merge:
     """One merge of a recipe: a method over slices that lie on each other; no `name` for the last one.
 
-    `dtype` and `out_dtype` are safetensors names; `tokenizer` is the reference that it names for that.
+    `dtype` and `out_dtype` are safetensors names; `chat_template` is a name or text of tokenizer.templates.
     """
 
     method: str
@@ -61,7 +63,8 @@ class Merge:
     module_parameters: Settings = field(default_factory=_nothing)
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer: str | None = None
+    tokenizer: TokenizerChoice | None = None
+    chat_template: str | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -83,6 +86,12 @@ class Merge:
     def base_of(self, part: Slice) -> str | None:
         """The base of a slice."""
         return self.base if part.base is None else part.base
+
+    @property
+    def single_base(self) -> str | None:
+        """The base that all slices have; None where they have none, or several."""
+        bases = {self.base_of(part) for part in self.slices}
+        return bases.pop() if len(bases) == 1 else None
 
     def operator(self, part: Slice) -> Operator:
         """The operator of a slice: a method may have another one where there is a base."""
@@ -170,7 +179,7 @@ def rename(recipe: Recipe, mapping: Mapping[str, str]) -> Recipe:
                 merge,
                 base=new(merge.base),
                 slices=tuple(map(renamed, merge.slices)),
-                tokenizer=new(merge.tokenizer),
+                tokenizer=merge.tokenizer and choice.rename(merge.tokenizer, known),
             )
             for merge in recipe.merges
         )
@@ -191,8 +200,8 @@ def _document(merge: Merge) -> dict[str, Any]:
         "dtype": merge.dtype and spelled[merge.dtype],
         "out_dtype": merge.out_dtype and spelled[merge.out_dtype],
     }
-    tail["tokenizer_source"] = "base" if merge.tokenizer == merge.base else merge.tokenizer
-    value = head | made | write(merge.parameters) | tail
+    tokens = {} if merge.tokenizer is None else merge.tokenizer.to_value()
+    value = head | made | write(merge.parameters) | tail | tokens | {"chat_template": merge.chat_template}
     return {key: item for key, item in value.items() if item is not None}
 
 

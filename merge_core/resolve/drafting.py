@@ -9,10 +9,10 @@ from merge_core.checkpoint.manifest import MAX_TENSORS
 from merge_core.digest import ModelId
 from merge_core.errors import Unmergeable
 from merge_core.operators import COPY
-from merge_core.plan import THREADS, MergePlan, Step
+from merge_core.plan import THREADS, MergePlan, Step, TensorPlan
 from merge_core.recipe import Merge, Recipe
 from merge_core.resolve.estimate import Estimate, estimate
-from merge_core.resolve.header import ModelHeader, header_of_step
+from merge_core.resolve.header import ModelHeader, absent, header_of_step
 from merge_core.resolve.merging import Merging
 
 MAX_PROBLEMS = 200
@@ -60,8 +60,7 @@ def tells_of(recipe: Recipe, plan: MergePlan) -> bool:
 
 def _tells_of(merge: Merge, step: Step, sources: Mapping[str, int]) -> bool:
     operators = {merge.operator(part).name for part in merge.slices} | {COPY.name}
-    bases = {merge.base_of(part) for part in merge.slices}
-    base = bases.pop() if len(bases) == 1 else None
+    base = merge.single_base
     taken = {operand.source for tensor in step.tensors for operand in tensor.operands}
     return (
         step.base == (None if base is None else sources[base])
@@ -89,7 +88,8 @@ def _resolve(recipe: Recipe, headers: Mapping[str, ModelHeader], threads: int) -
         if merge.donor not in known or (len(usable) < len(merge.models) and not merge.is_whole):
             continue
         whose = f"{merge.name}: " if merge.name else ""
-        merging = Merging(merge, {model: known[model] for model in usable}, sources)
+        files = [known[model].contents if model in known else absent for model in sources]
+        merging = Merging(merge, {model: known[model] for model in usable}, sources, files)
         merging.run()
         problems += [whose + problem for problem in merging.problems]
         warnings += [whose + warning for warning in merging.warnings]
@@ -98,7 +98,7 @@ def _resolve(recipe: Recipe, headers: Mapping[str, ModelHeader], threads: int) -
         step = merging.step()
         steps.append(step)
         if merge.name is not None:
-            known[merge.name] = header_of_step(step, known[merge.donor])
+            known[merge.name] = header_of_step(step, files, known[merge.donor])
     if not problems:
         steps = _pruned(steps, len(recipe.models))
         problems += _unfit(recipe, steps)
@@ -133,8 +133,15 @@ def _pruned(steps: Sequence[Step], inputs: int) -> list[Step]:
         if number < len(steps) - 1:
             tensors = tuple(t for t in tensors if (inputs + number, t.name) in taken)
         taken |= {(o.source, o.tensor) for t in tensors for o in t.operands}
-        kept.insert(0, replace(step, tensors=tensors))
+        kept.insert(0, _with_tensors(step, tensors))
     return kept
+
+
+def _with_tensors(step: Step, tensors: tuple[TensorPlan, ...]) -> Step:
+    tokenizer, names = step.tokenizer, {tensor.name for tensor in tensors}
+    if tokenizer is not None:
+        tokenizer = replace(tokenizer, tensors=tuple(name for name in tokenizer.tensors if name in names))
+    return replace(step, tensors=tensors, tokenizer=tokenizer)
 
 
 def _unfit(recipe: Recipe, steps: Sequence[Step]) -> list[str]:

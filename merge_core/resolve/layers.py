@@ -30,7 +30,7 @@ def changes(
     nested = donor.config.get(NESTED)
     if isinstance(nested, Mapping):
         inner = _changes(nested, NESTED, donor, chosen, problem, warn)
-        changed |= {NESTED: {**nested, **inner}} if inner else {}
+        changed |= {f"{NESTED}.{key}": value for key, value in inner.items()}
     return changed
 
 
@@ -67,7 +67,9 @@ def _list(key: str, within: str, chosen: Chosen) -> list[Any]:
 
 def _of_layer(key: str, within: str, chosen: Chosen) -> tuple[Any] | None:
     values = _list(key, within, chosen)
-    return (values[chosen.number],) if len(values) == chosen.count else None
+    # A plan holds no fractions.
+    is_plain = all(value is None or isinstance(value, bool | int | str) for value in values)
+    return (values[chosen.number],) if is_plain and len(values) == chosen.count else None
 
 
 def _matters(key: str, config: Mapping[str, Any]) -> bool:

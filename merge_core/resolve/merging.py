@@ -12,7 +12,7 @@ from merge_core.checkpoint.manifest import MAX_TENSORS
 from merge_core.checkpoint.reader import architecture_of
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.config_keys import NESTED, dropped
-from merge_core.errors import CorruptCheckpoint
+from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.operators import COPY
 from merge_core.operators.base import Operator, Value
 from merge_core.operators.passthrough import PASSTHROUGH
@@ -22,6 +22,9 @@ from merge_core.resolve.head import TIE, head_of
 from merge_core.resolve.header import ModelHeader
 from merge_core.resolve.layers import Chosen, changes
 from merge_core.resolve.stack import Stack, stack_of
+from merge_core.resolve.tokens import Tokens, tokens_of
+from merge_core.tokenizer.templates import written_out
+from merge_core.tokenizer.union import Files
 
 # Keys that change what equal shapes mean, and keys that change it a little.
 _MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act")
@@ -52,21 +55,31 @@ class _Site:
 class Merging:
     """A walk over the models and tensors of one merge that collects problems, warnings and tensor plans.
 
-    `sources` numbers the models as operands do. Of whole models some may lack a header, but not the donor:
-    what can be said of the others is said.
+    `sources` numbers the models as operands do; `files` are those of every number so far. Of whole models
+    some may lack a header, but not the donor: what can be said of the others is said.
     """
 
-    def __init__(self, merge: Merge, headers: Mapping[str, ModelHeader], sources: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        merge: Merge,
+        headers: Mapping[str, ModelHeader],
+        sources: Mapping[str, int],
+        files: Sequence[Files],
+    ) -> None:
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self.tensors: list[TensorPlan] = []
         self._merge = merge
         self._headers = {model: headers[model] for model in merge.models if model in headers}
         self._sources = sources
+        self._files = files
         self._donor = headers[merge.donor]
         self._head = head_of(self._headers)
         self._stacks = {model: self._stack(model) for model in self._headers}
         self._config: dict[str, Any] = {}
+        self._tokens: Tokens | None = None
+        self._template: str | None = None
+        self._with_rows: set[str] = set()
 
     def run(self) -> None:
         """Do the walk."""
@@ -75,6 +88,7 @@ class Merging:
         if lost := dropped(self._donor.config):
             self.warnings.append(f"config keys of {self._merge.donor} that are not kept: {', '.join(lost)}")
         self._tie()
+        self._read_tokenizers()
         parts = [self._part(part) for part in self._merge.slices]
         found = self._whole(parts[0]) if self._merge.is_whole else self._sliced(parts)
         sites = sorted(found, key=lambda site: site.name)
@@ -85,16 +99,21 @@ class Merging:
 
     def step(self) -> Step:
         """The step, once there are no problems."""
-        merge = self._merge
-        bases = {merge.base_of(part) for part in merge.slices}
-        base = bases.pop() if len(bases) == 1 else None
+        made = [tensor.name for tensor in self.tensors if tensor.name in self._with_rows]
         return Step(
-            base=None if base is None else self._sources[base],
-            donor=self._sources[merge.donor],
+            base=self._base,
+            donor=self._sources[self._merge.donor],
             architecture=architecture_of(self._donor.config),
             tensors=tuple(self.tensors),
             config=self._config,
+            chat_template=self._template,
+            tokenizer=None if self._tokens is None else self._tokens.plan(made),
         )
+
+    @property
+    def _base(self) -> int | None:
+        base = self._merge.single_base
+        return None if base is None else self._sources[base]
 
     def _compare_configs(self, model: str, header: ModelHeader) -> None:
         try:
@@ -111,6 +130,8 @@ class Merging:
             if mine != theirs and not (by_layer and not self._merge.is_whole):
                 line = f"{key} of {model} is {_short(mine)}, of {self._merge.donor} it is {_short(theirs)}"
                 (self.warnings if key in _SHOULD_AGREE else self.problems).append(line)
+        if self._merge.tokenizer is not None:
+            return
         tokens = {f.path: f.sha256 for f in self._donor.files if f.path in _TOKENIZERS}
         if tokens != {f.path: f.sha256 for f in header.files if f.path in _TOKENIZERS}:
             self.warnings.append(
@@ -128,9 +149,28 @@ class Merging:
         )
         nested = self._donor.config.get(NESTED)
         if TIE not in self._donor.config and isinstance(nested, Mapping) and TIE in nested:
-            self._config[NESTED] = {**nested, TIE: False}
+            self._config[f"{NESTED}.{TIE}"] = False
         elif self._donor.config.get(TIE) is not False:
             self._config[TIE] = False
+
+    def _read_tokenizers(self) -> None:
+        """Settle which tokens and which chat template the output has, where the recipe says."""
+        merge = self._merge
+        if len(self._headers) < len(merge.models):
+            return
+        models = {model: self._sources[model] for model in merge.models}
+        try:
+            if merge.tokenizer is not None:
+                self._tokens = tokens_of(
+                    merge.tokenizer, models, self._headers, self._files, base=self._base, donor=merge.donor
+                )
+                self._config |= self._tokens.config
+                self.warnings += self._tokens.warnings
+            if merge.chat_template is not None:
+                contents = [header.contents for header in self._headers.values()]
+                self._template = written_out(merge.chat_template, contents)
+        except (Unmergeable, CorruptCheckpoint) as error:
+            self.problems.append(error.why)
 
     def _stack(self, model: str) -> Stack:
         """The names of a model, with the head as the output has it."""
@@ -179,9 +219,7 @@ class Merging:
                 if len(sites) > MAX_TENSORS:
                     self.problems.append(f"the slices have more than {MAX_TENSORS} tensors together")
                     return []
-        donor = replace(
-            self._chosen(Input(model=self._merge.donor), 0), config={**self._donor.config, **self._config}
-        )
+        donor = self._chosen(Input(model=self._merge.donor), 0)
         self._config |= changes(donor, chosen, self.problems.append, self.warnings.append)
         return sites
 
@@ -239,7 +277,7 @@ class Merging:
             self._tell_missing(site, stored)
             return
         operands = [(i.model, n) for i, n in zip(part.operands, stored, strict=True) if n is not None]
-        infos = [self._headers[model].tensors[name] for model, name in operands]
+        infos = [self._info(site, model, name) for model, name in operands]
         if len({info.shape for info in infos}) > 1:
             listed = ", ".join(
                 f"{_label(model, name, site.name)} {list(info.shape)}"
@@ -267,6 +305,14 @@ class Merging:
         if self._head is not None and name == self._head.name and model in self._head.embeddings:
             return self._head.embeddings[model]
         return name if name in self._headers[model].tensors else None
+
+    def _info(self, site: _Site, model: str, name: str) -> TensorInfo:
+        """The type and shape of an operand, with the rows of the output where it has one for each token."""
+        info = self._headers[model].tensors[name]
+        if self._tokens is None or name not in self._tokens.by_model[model]:
+            return info
+        self._with_rows.add(site.name)
+        return replace(info, shape=(self._tokens.settled.rows, *info.shape[1:]))
 
     def _tell_missing(self, site: _Site, stored: Sequence[str | None]) -> None:
         leader = site.part.leader
