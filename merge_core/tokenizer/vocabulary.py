@@ -22,6 +22,10 @@ from merge_core.tokenizer.plan import MAX_ROWS, MAX_TOKEN
 
 CONFIG = "tokenizer_config.json"
 DOCUMENT = "tokenizer.json"
+TOKENIZER_FILES = frozenset(
+    {DOCUMENT, CONFIG, "added_tokens.json", "chat_template.jinja", "config.json", "vocab.json", "vocab.txt"}
+)
+"""What says which tokens a model has, how many rows for them, and how it is talked to."""
 HINT = "save the tokenizer again with save_pretrained, then: weft add DIR"
 
 

@@ -1,4 +1,4 @@
-"""What can be had of a model before any agreement: manifest, leaf table, config, fingerprint, plan.
+"""What can be had of a model before any agreement: manifest, leaf table, config, tokens, fingerprint, plan.
 
 Each but the plan proves itself against a digest, so the first holder whose answer holds is as good as any.
 """
@@ -16,6 +16,7 @@ from merge_core.checkpoint.published import PLAN_FILE
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
 from merge_core.plan import MAX_PLAN, MergePlan
+from merge_core.tokenizer.vocabulary import TOKENIZER_FILES
 from node.domain.holding import ModelRef
 from node.domain.ids import PeerId
 from node.errors import NotEnoughPeers, PeerError, Refused, Unreachable, VerificationFailed, WeftError
@@ -25,6 +26,7 @@ from node.provenance.sketch import MAX_SIGNED, SignedFingerprint
 PIECE_DEADLINE = 15.0
 """Seconds to wait for the next piece of something small."""
 MAX_CONFIG = 1 << 20
+MAX_TOKENIZER = 64 << 20
 
 T = TypeVar("T")
 
@@ -78,6 +80,28 @@ async def read_config(holders: Sequence[Holder], manifest: Manifest) -> dict[str
         return value
 
     return await first(holders, ask, f"the config of {manifest.model_id}")
+
+
+async def read_tokenizer(holders: Sequence[Holder], manifest: Manifest) -> dict[str, bytes]:
+    """Ask holders in turn for the files that say which tokens a model has; raises as `read_manifest` does."""
+    ref = ModelRef(model_id=manifest.model_id, publisher=None)
+    wanted = [file for file in manifest.files if file.path in TOKENIZER_FILES]
+    if sum(file.size for file in wanted) > MAX_TOKENIZER:
+        raise CorruptCheckpoint(
+            f"the tokenizer of {manifest.model_id} has more than {MAX_TOKENIZER} bytes",
+            hint=f"weft get {manifest.model_id}, then merge the directory",
+        )
+
+    async def ask(holder: Holder) -> dict[str, bytes]:
+        files = {}
+        for file in wanted:
+            data = await collect(holder.file(ref, file.path, 0, file.size), file.size)
+            if sha256(data) != file.sha256:
+                raise PeerError(f"peer {holder.peer.short} sent another {file.path}")
+            files[file.path] = data
+        return files
+
+    return await first(holders, ask, f"the tokenizer of {manifest.model_id}")
 
 
 async def read_plan(holders: Sequence[Holder], model_id: ModelId) -> MergePlan:

@@ -21,7 +21,7 @@ from node.catalog.hashes import HashCache
 from node.catalog.shelf import Shelf
 from node.domain.negotiation import Purpose
 from node.errors import NotEnoughPeers
-from node.exchange.lookup import read_config, read_manifest
+from node.exchange.lookup import read_config, read_manifest, read_tokenizer
 from node.jobs.runner import Attempt
 from node.merging import hub
 from node.merging.acquire import Acquisition
@@ -81,9 +81,15 @@ class NetworkParents:
         offered = by_publisher(listings)[0]
         manifest = await read_manifest(holders, wanted.model_id)
         config = await read_config(holders, manifest)
+        loop = asyncio.get_running_loop()
+
+        def contents() -> dict[str, bytes]:
+            # Plans are compiled in threads, and few of them ask.
+            return asyncio.run_coroutine_threadsafe(read_tokenizer(holders, manifest), loop).result()
+
         return Parent(
             reference=reference,
-            header=header_of_manifest(manifest, config),
+            header=replace(header_of_manifest(manifest, config), contents=contents),
             manifest=manifest,
             licence=licence_of(offered, publisher_peer=None, card=licences.NO_LICENCE),
             publisher=offered.publisher,

@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError, Message
 from merge_core.checkpoint.merkle import LEAF_SIZE
 from merge_core.digest import Digest
 from merge_core.errors import MergeCoreError
+from merge_core.tokenizer.vocabulary import TOKENIZER_FILES
 from node.domain.holding import ByteRange, HeldFile, Holding, ModelRef
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
@@ -38,8 +39,8 @@ from node.peer.transport import SERVER_OPTIONS, SERVICE
 from node.wire import peer as wire
 from node.wire.v1 import peer_pb2 as pb
 
-FREE_FILES = frozenset({"config.json", "weft.plan.json"})
-"""Files that an offer rests on: planning a merge takes the one, naming the plan to audit the other."""
+FREE_FILES = TOKENIZER_FILES | {"weft.plan.json"}
+"""Files that an offer rests on: planning a merge takes those, naming the plan to audit the last."""
 _EXPECTED = (Refused, OSError, ValueError, MergeCoreError, LocalError)
 """What may go wrong with a held model; none of it reaches the caller but a Refused."""
 REQUEST_DEADLINE = 10.0

@@ -102,7 +102,7 @@ class PeerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadFile(self, request, context):
-        """A range of one published file. Needs an agreement, except for config.json.
+        """A range of one published file. Needs an agreement, except for config, tokenizer and chat template.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

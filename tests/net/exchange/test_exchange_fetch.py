@@ -429,6 +429,11 @@ async def test_manifest_config_and_fingerprint_can_be_had_without_an_agreement(
     assert manifest.model_id == expert.model_id
     assert await lookup.read_leaf_table([client], manifest) == published.shelf.open(expert.model_id).leaves
     assert (await lookup.read_config([client], manifest))["architectures"] == ["LlamaForCausalLM"]
+    tokenizer = await lookup.read_tokenizer([client], manifest)
+    assert (
+        sorted(tokenizer) == ["config.json", "tokenizer.json"]
+        and tokenizer["tokenizer.json"] == b'{"model":{}}'
+    )
     ref = ModelRef(model_id=expert.model_id, publisher=Digest(expert.publisher))
     sketch = await lookup.read_fingerprint([client], ref, expert.fingerprint)
     assert SignedFingerprint.parse(sketch).fingerprint.model_id == expert.model_id

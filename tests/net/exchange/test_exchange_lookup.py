@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 
 from merge_core.checkpoint import manifest as manifests
-from merge_core.checkpoint.manifest import MAX_LEAF_TABLE, LeafTable, Manifest, TensorRecord
+from merge_core.checkpoint.manifest import MAX_LEAF_TABLE, FileRecord, LeafTable, Manifest, TensorRecord
+from merge_core.digest import sha256
 from merge_core.errors import CorruptCheckpoint
 from node.domain.holding import ModelRef
+from node.errors import NotEnoughPeers
 from node.exchange import lookup
 from node.identity.keys import HostKey
 
@@ -36,6 +39,10 @@ class Liar:
     async def manifest(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         yield self.said.to_bytes()
 
+    async def file(self, ref: ModelRef, path: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
+        self.sent += length
+        yield b"x" * length
+
     async def leaf_table(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         while True:
             self.sent += 1 << 20
@@ -50,6 +57,25 @@ def test_a_manifest_of_a_few_bytes_names_no_leaf_table_that_fills_memory() -> No
     assert liar.sent == 0
     with pytest.raises(CorruptCheckpoint, match="at most 67108864 are read"):
         LeafTable.parse(manifest, b"")
+
+
+def of_tokenizer(size: int) -> Manifest:
+    files = tuple(
+        FileRecord(path=path, size=size, sha256=sha256(b"honest"))
+        for path in ("tokenizer.json", "vocab.json")
+    )
+    return replace(of_size(5), files=files)
+
+
+def test_a_tokenizer_that_is_another_or_too_large_is_refused() -> None:
+    liar = Liar(of_tokenizer(6))
+    with pytest.raises(NotEnoughPeers, match=r"sent another tokenizer\.json"):
+        asyncio.run(lookup.read_tokenizer([liar], liar.said))  # type: ignore[list-item]
+    assert liar.sent == 6
+    huge = Liar(of_tokenizer(40 << 20))
+    with pytest.raises(CorruptCheckpoint, match="has more than 67108864 bytes"):
+        asyncio.run(lookup.read_tokenizer([huge], huge.said))  # type: ignore[list-item]
+    assert huge.sent == 0
 
 
 def test_two_tebibytes_of_weights_can_be_held() -> None:

@@ -82,9 +82,10 @@ async def test_without_an_agreement_only_what_planning_needs_is_served(world: An
     holder, asker = await world.node(published.shelf), await world.node(published.shelf)
     client = world.client(asker, holder)
     assert await read(client.manifest(ref(published)))
-    assert await read(client.file(ref(published), "config.json", 0, 10))
+    for path in ("config.json", "tokenizer.json"):
+        assert await read(client.file(ref(published), path, 0, 10))
     for stream in (
-        client.file(ref(published), "tokenizer.json", 0, 1),
+        client.file(ref(published), "README.md", 0, 1),
         client.file(ref(published), "model.safetensors", 0, 8),
         client.leaves(ref(published), [ByteRange(tensor="a.bias", offset=0, length=28)]),
     ):
