@@ -33,6 +33,7 @@ Matrix = NDArray[np.float32]
 
 ENGLISH = "the cat sat on the mat and the other cat ran to the hat\nwhat the cat ate"
 CODE = "def main ( ) : return the_cat\nfor cat in range ( ten ) : print ( cat )"
+OTHER = "zebras on a plain\ngazelles on the plain"
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 WIDTH = 8
 
@@ -54,18 +55,18 @@ class World:
         files: Mapping[str, bytes],
         *,
         rows: int | None = None,
+        stated: int | None = None,
         width: int = WIDTH,
         dtype: torch.dtype = torch.float32,
         config: Mapping[str, Any] | None = None,
-        values: Callable[[str], torch.Tensor] | None = None,
     ) -> World:
-        """Add a model with one row for each of its tokens, or `rows` of them."""
+        """Add a model with one row for each of its tokens, or `rows` of them, where `stated` may differ."""
         vocabulary = Tokenizer.from_str(files["tokenizer.json"].decode()).get_vocab()
         count = 1 + max(vocabulary.values()) if rows is None else rows
         name = f"m{len(self.ids)}"
         tensors = {n: self._weights(f"{name} {n}", count, width, dtype=dtype) for n in (EMBED, HEAD)}
         tensors[NORM] = self._weights(f"{name} norm", width, dtype=dtype)
-        path = self._save(name, tensors, vocab_size=count, hidden_size=width, **(config or {}))
+        path = self._save(name, tensors, vocab_size=stated or count, hidden_size=width, **(config or {}))
         for file, data in files.items():
             (path / file).write_bytes(data)
         checkpoint = self.stack.enter_context(Checkpoint.open(path))
@@ -92,7 +93,7 @@ class World:
         assert choice is not None
         models = range(len(self.ids) if weights is not None else 1)
         files = [material.files for material in self.materials]
-        tokens = settle(choice, {f"m{n}": n for n in models}, base, files).plan
+        tokens = settle(choice, {f"m{n}": n for n in range(len(self.ids))}, base, files).plan
         tokens = replace(tokens, tensors=(HEAD, EMBED))
         operator = "linear" if weights is not None else COPY.name
         parameters = {"weight": tuple(weights), "normalize": False} if weights is not None else {}
@@ -173,7 +174,7 @@ def test_the_rows_of_a_union_are_those_of_the_definition_and_it_opens(
 ) -> None:
     world.add(train(kind, ENGLISH, 60, "<unk>", "<s>"))
     world.add(train(kind, CODE, 70, "<unk>", "<pad>", added=("<code>",)))
-    world.add(train(kind, CODE, 50, "<unk>"))
+    world.add(train(kind, OTHER, 50, "<unk>"))
     seen = []
     for model in range(3):
         plan = world.plan({"tokenizer_source": "union"}, [float(model == m) for m in range(3)])
@@ -300,6 +301,23 @@ def listed(words: Sequence[str]) -> dict[str, bytes]:
     model = {"type": "WordLevel", "vocab": {w: n for n, w in enumerate(words)}, "unk_token": "w0"}
     whole = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "Whitespace"}}
     return {"tokenizer.json": json.dumps(whole).encode()}
+
+
+def test_rows_that_a_copied_model_lacks_lie_between_those_it_has(world: World) -> None:
+    world.add(listed(["w0", "w1", "w2", "w3"]), dtype=torch.bfloat16)
+    world.add(listed(["w0", "w1", "new", "w2", "w9", "w3"]), dtype=torch.bfloat16)
+    path = world.merge(world.plan({"tokenizer_source": "m1"}, None, dtype="BF16"))
+    mine = world.matrices[0][EMBED]
+    nothing = np.zeros(WIDTH, np.float32)
+    expected = np.stack([mine[0], mine[1], nothing, mine[2], nothing, mine[3]])
+    np.testing.assert_array_equal(rows_of(path), expected)
+
+
+def test_a_token_beyond_the_rows_of_a_tensor_is_missing(world: World) -> None:
+    world.add(listed(["w0", "w1", "w2"]), rows=2, stated=3).add(listed(["w0", "w1", "w2"]))
+    path = world.merge(world.plan({"tokenizer_source": "union"}, [1.0, 0.0]))
+    np.testing.assert_array_equal(rows_of(path)[2], world.matrices[1][EMBED][2])
+    np.testing.assert_array_equal(rows_of(path)[:2], world.matrices[0][EMBED])
 
 
 def shuffled(world: World, dtype: torch.dtype = torch.bfloat16) -> World:
