@@ -19,7 +19,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -29,6 +29,7 @@ from merge_core.checkpoint.sharding import WeightFile, divide, index_of
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import CannotWrite
 from merge_core.files import replace, sync
+from merge_core.flushing import Flusher
 
 MAX_SHARD_BYTES = 5 << 30
 DEFAULT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
@@ -54,6 +55,7 @@ class CheckpointWriter:
         )
         self._files = files
         self._lock: int | None = lock
+        self._flusher = Flusher()
         self._descriptors: dict[str, int] = {}
         self._where: dict[str, tuple[int, Span]] = {}
 
@@ -104,7 +106,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with suppress(CannotWrite) if error else nullcontext():
+            self.close()
 
     def write(self, tensor: str, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes of a tensor from `offset` on.
@@ -117,6 +120,7 @@ class CheckpointWriter:
                 count = os.pwrite(descriptor, view, at)
                 view = view[count:]
                 at += count
+                self._flusher.wrote(descriptor, count)
 
     def read(self, tensor: str, offset: int, length: int) -> bytes:
         """Read bytes of a tensor back: zeros where nothing was written yet."""
@@ -150,6 +154,7 @@ class CheckpointWriter:
         """
         self._require_open()
         with self._out_of_space():
+            self._flusher.close()
             for path in sorted(self.path.iterdir()):
                 sync(path) if not path.name.startswith(".") else path.unlink()
             sync(self.path)
@@ -160,13 +165,17 @@ class CheckpointWriter:
         return self.target
 
     def close(self) -> None:
-        """Close the files; what is written stays for the next run to take up."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-        self._where.clear()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Close the files; what is written stays for the next run to take up. Raises CannotWrite."""
+        try:
+            with _explained(self.target):
+                self._flusher.close()
+        finally:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+            self._where.clear()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def discard(self) -> None:
         """Remove everything that was written; a second call does nothing."""

@@ -17,8 +17,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,10 @@ from merge_core.checkpoint import merkle
 from merge_core.checkpoint.reader import Checkpoint
 from merge_core.digest import Digest
 from merge_core.errors import CorruptCheckpoint
+from merge_core.flushing import Flusher
 from node.errors import LimitReached, LocalError
 from node.exchange.blueprint import Blueprint, Leaf
 
-FLUSH_EVERY = 64 << 20
-"""Bytes of a file after which they are sent on to the disk, so that the last sync finds little to do."""
 _NUMBER = struct.Struct("<I")
 
 
@@ -53,7 +51,7 @@ class Partial:
         self._files = self._folder / "files"
         self._weights: dict[str, _Weights] = {}
         self._journal = -1
-        self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
+        self._flusher = Flusher()
         self.verified: set[int] = set()
 
     @classmethod
@@ -114,6 +112,7 @@ class Partial:
             self.discard()
             raise
         with _disk_errors(self.destination):
+            self._flusher.close()
             for weights in self._weights.values():
                 weights.sync()
             files.sync(self._files)
@@ -141,7 +140,8 @@ class Partial:
 
     def close(self) -> None:
         """Let go; what was verified stays for another run."""
-        self._flusher.shutdown(cancel_futures=True)
+        with suppress(OSError):  # what matters has been synced by `commit`, which does not pass over errors
+            self._flusher.close()
         for weights in self._weights.values():
             weights.close()
         self._weights.clear()
@@ -193,7 +193,7 @@ class Partial:
 class _Weights:
     """One preallocated weight file and the running SHA-256 of what has arrived in a row."""
 
-    def __init__(self, path: Path, size: int, header: bytes, leaves: list[Leaf], flusher: Executor) -> None:
+    def __init__(self, path: Path, size: int, header: bytes, leaves: list[Leaf], flusher: Flusher) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         os.posix_fallocate(self._fd, 0, size)
         os.pwrite(self._fd, header, 0)
@@ -202,15 +202,10 @@ class _Weights:
         self._sha256 = hashlib.sha256(header)
         self._lock = threading.Lock()
         self._flusher = flusher
-        self._flushing: Future[None] | None = None
-        self._unflushed = 0
 
     def write(self, leaf: Leaf, data: bytes) -> None:
         os.pwrite(self._fd, data, leaf.offset)
-        self._unflushed += len(data)  # not exact when two threads meet here, and need not be
-        if self._unflushed > FLUSH_EVERY and (self._flushing is None or self._flushing.done()):
-            self._unflushed = 0
-            self._flushing = self._flusher.submit(os.fdatasync, self._fd)
+        self._flusher.wrote(self._fd, len(data))
 
     def read(self, leaf: Leaf) -> bytes:
         return os.pread(self._fd, leaf.size, leaf.offset)
