@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _ROWS:
         return
     terminalreporter.section("conformance with mergekit 0.1.5")
-    line = "{:<18}{:<34}{:<44}{:<34}{}"
+    line = "{:<18}{:<37}{:<40}{:<28}{}"
     terminalreporter.write_line(line.format("operator", "case", "tolerance", "worst", "pass"))
     for row in sorted(_ROWS, key=lambda row: (row.operator, row.case)):
         passed = "yes" if row.passed else "NO"

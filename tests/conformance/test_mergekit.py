@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from merge_core.operators import METHODS
+
 pytestmark = [pytest.mark.foreign, pytest.mark.timeout(1200)]
 
 Trio: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -181,10 +183,7 @@ EXPERTS = {"math": "", "code": ""}
 WEIGHTED = {"math": "weight: 0.7", "code": "weight: 0.45"}
 ALONE = {"math": "weight: 1.0"}
 UNIFORM = {"subnormal": "mergekit weighs experts alike where their energy is below 1e-6"}
-ANY_INDEX = {
-    "steps": "of equal variances mergekit keeps any",
-    "signed zeros": "of equal variances mergekit keeps any",
-}
+ANY_INDEX = dict.fromkeys(("steps", "signed zeros", "constant"), "of equal variances mergekit keeps any")
 PLUS_ZERO = {"signed zeros": "mergekit adds to +0, so that -0 becomes +0"}
 
 SPARSE = {"math": "weight: 1.0, density: 0.37"}
@@ -342,5 +341,51 @@ def test_conforms(method: str, name: str, outcomes, sets, judged) -> None:  # ty
         tolerance=tolerance.says,
         worst=f"{found[worst]:.3g} ({worst})" if found else ours.error or theirs.error,
         passed=bool(found) and found[worst] <= tolerance.most,
-        note="; ".join(f"without {word}: {why}" for word, why in case.without.items()),
+        note="; ".join(
+            f"without {', '.join(word for word in case.without if case.without[word] == why)}: {why}"
+            for why in dict.fromkeys(case.without.values())
+        ),
+    )
+
+
+def test_every_operator_is_held_against_mergekit() -> None:
+    by_chance = {"dare_linear", "dare_ties", "della", "della_linear"}
+    assert CASES.keys() == METHODS.keys()
+    assert {m for m in CASES if len(CASES[m]) == 1 and "density 1" in CASES[m]} == by_chance
+
+
+@pytest.fixture(scope="module")
+def wild(draw: Draw, named, llama, both):  # type: ignore[no-untyped-def]
+    """For each operator: what both tools make of models with infinities, by the word for the tensor."""
+    names, recipes = named(["bell", "infinity"]), {}
+    base, math, code = (draw(f"{model} wild", 6, 5) for model in MODELS)
+    math[2, 3] = torch.inf
+    plain = {name: torch.ones(2, 2) for name in names.values()}
+    models = llama(
+        {
+            model: plain | {names["infinity"]: tensor}
+            for model, tensor in zip(MODELS, (base, math, code), strict=True)
+        }
+    )
+    for method, cases in CASES.items():
+        text = next(iter(cases.values())).recipe(method, models)
+        recipes[method] = (text, text)
+    return both(recipes), names["infinity"]
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_infinity_is_refused_by_name_where_mergekit_writes_it(method: str, wild, judged) -> None:  # type: ignore[no-untyped-def]
+    made, tensor = wild
+    ours, theirs = made[method]
+    wrote = (
+        theirs.error or f"mergekit writes {(~theirs.tensors[tensor].isfinite()).sum()} that are not finite"
+    )
+    judged(
+        operator=method,
+        case="infinity in one model",
+        tolerance="refused, and the tensor named",
+        worst=wrote if ours.error else "was written",
+        passed=tensor in ours.error
+        and "infinity" in ours.error
+        and not wrote.startswith("mergekit writes 0"),
     )
