@@ -11,16 +11,19 @@ header     what is known of a model without its weights
 stack      its tensors, layer by layer
 head       whether the head is tied to the embedding
 layers     what a config says of layers that are chosen anew
+tokens     what its tokens are, where the recipe chooses them
 merging    one merge
 drafting   all merges of a recipe, and what nobody needs of them
 estimate   what it costs
+telling    whether a published recipe tells of a plan
 """
 
 from __future__ import annotations
 
-from merge_core.resolve.drafting import Draft, check, draft, tells_of
+from merge_core.resolve.drafting import Draft, check, draft
 from merge_core.resolve.estimate import Estimate
 from merge_core.resolve.header import ModelHeader, header_of, header_of_manifest
+from merge_core.resolve.telling import tells_of
 
 __all__ = [
     "Draft",

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from merge_core.checkpoint.manifest import MAX_TENSORS
 from merge_core.digest import ModelId
 from merge_core.errors import Unmergeable
-from merge_core.operators import COPY
 from merge_core.plan import THREADS, MergePlan, Step, TensorPlan
-from merge_core.recipe import Merge, Recipe
+from merge_core.recipe import Recipe
 from merge_core.resolve.estimate import Estimate, estimate
 from merge_core.resolve.header import ModelHeader, absent, header_of_step
 from merge_core.resolve.merging import Merging
+from merge_core.resolve.telling import numbered
 
 MAX_PROBLEMS = 200
 
@@ -50,39 +50,13 @@ def draft(recipe: Recipe, headers: Mapping[str, ModelHeader]) -> Draft:
     return drafted
 
 
-def tells_of(recipe: Recipe, plan: MergePlan) -> bool:
-    """Whether a recipe that names models by ModelId tells of this plan: its inputs, bases and operators."""
-    if recipe.models != plan.inputs or len(recipe.merges) != len(plan.steps):
-        return False
-    sources = _sources(recipe)
-    return all(_tells_of(merge, step, sources) for merge, step in zip(recipe.merges, plan.steps, strict=True))
-
-
-def _tells_of(merge: Merge, step: Step, sources: Mapping[str, int]) -> bool:
-    operators = {merge.operator(part).name for part in merge.slices} | {COPY.name}
-    base = merge.single_base
-    taken = {operand.source for tensor in step.tensors for operand in tensor.operands}
-    return (
-        step.base == (None if base is None else sources[base])
-        and step.donor == sources[merge.donor]
-        and {tensor.operator for tensor in step.tensors} <= operators
-        and taken <= {sources[model] for model in merge.models}
-    )
-
-
-def _sources(recipe: Recipe) -> dict[str, int]:
-    """The number of every model and of every merge that has a name, as operands count them."""
-    models = (*recipe.models, *(merge.name for merge in recipe.merges if merge.name is not None))
-    return {model: number for number, model in enumerate(models)}
-
-
 def _resolve(recipe: Recipe, headers: Mapping[str, ModelHeader], threads: int) -> Draft:
     """A draft of what can be resolved, with all problems."""
     known = {model: headers[model] for model in recipe.models if model in headers}
     problems = _missing(recipe, known)
     warnings: list[str] = []
     steps: list[Step] = []
-    sources = _sources(recipe)
+    sources = numbered(recipe)
     for merge in recipe.merges:
         usable = [model for model in merge.models if model in known]
         if merge.donor not in known or (len(usable) < len(merge.models) and not merge.is_whole):

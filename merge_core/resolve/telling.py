@@ -1,0 +1,75 @@
+"""Whether a recipe that was published beside a plan tells of that plan, as far as no header is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias
+
+from merge_core.checkpoint.layout import around_layer
+from merge_core.operators import COPY
+from merge_core.plan import MergePlan, Step, TensorPlan
+from merge_core.recipe import Merge, Recipe, Slice
+
+_Taken: TypeAlias = list[tuple[int, int | None]]
+"""The sources that a tensor is made of, in order, and the layers there."""
+
+
+def numbered(recipe: Recipe) -> dict[str, int]:
+    """The number of every model and of every merge that has a name, as operands count them."""
+    models = (*recipe.models, *(merge.name for merge in recipe.merges if merge.name is not None))
+    return {model: number for number, model in enumerate(models)}
+
+
+def tells_of(recipe: Recipe, plan: MergePlan) -> bool:
+    """Whether a recipe that calls models by ModelId tells of this plan.
+
+    That is: its inputs, and of each step its base, its donor and, tensor by tensor, the operator, the models
+    and the layers. What its parameters are in numbers depends on headers.
+    """
+    if recipe.models != plan.inputs or len(recipe.merges) != len(plan.steps):
+        return False
+    sources = numbered(recipe)
+    return all(_tells_of(merge, step, sources) for merge, step in zip(recipe.merges, plan.steps, strict=True))
+
+
+def _tells_of(merge: Merge, step: Step, sources: Mapping[str, int]) -> bool:
+    base = merge.single_base
+    if step.base != (None if base is None else sources[base]) or step.donor != sources[merge.donor]:
+        return False
+    layers = list(_layers(merge))
+    return all(_is_made_so(merge, tensor, layers, sources) for tensor in step.tensors)
+
+
+def _layers(merge: Merge) -> Iterator[tuple[Slice, int]]:
+    """The slice of every layer of the output, and how many layers of it lie below."""
+    for part in merge.slices:
+        first, end = part.inputs[0].layers or (0, 0)
+        yield from ((part, offset) for offset in range(end - first))
+
+
+def _is_made_so(
+    merge: Merge, tensor: TensorPlan, layers: list[tuple[Slice, int]], sources: Mapping[str, int]
+) -> bool:
+    number = _layer(tensor.name)
+    if merge.is_whole or number is None:
+        made = [(part, number) for part in (merge.slices[0], merge.slices[-1])]
+    elif number < len(layers):
+        made = [layers[number]]
+    else:
+        return False
+    taken = [(operand.source, _layer(operand.tensor)) for operand in tensor.operands]
+    for part, offset in made:
+        said: _Taken = [
+            (sources[i.model], offset if i.layers is None or offset is None else i.layers[0] + offset)
+            for i in merge.operands(part)
+        ]
+        if taken == said and tensor.operator == merge.operator(part).name:
+            return True
+        if tensor.operator == COPY.name and taken[0] in said:
+            return True
+    return False
+
+
+def _layer(name: str) -> int | None:
+    found = around_layer(name)
+    return None if found is None else found[1]
