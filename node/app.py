@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from node.config import Config
     from node.domain.ticket import Ticket
     from node.jobs.runner import JobView
+    from node.merging.check import Checked
+    from node.merging.how import How
     from node.merging.known import KnownPlaces
     from node.merging.parents import LocalParents
     from node.provenance.lineage import Lineage
@@ -217,11 +219,37 @@ def read_recipe(path: Path) -> Recipe:
     return absolute(recipe.parse(text), Path.cwd())
 
 
-def needs_no_node(recipe: Recipe) -> bool:
-    """Whether every model of the recipe lies on this machine."""
-    from node.merging.references import is_local
+def needs_no_node(home: Home, recipe: Recipe) -> bool:
+    """Whether every model of the recipe lies on this machine.
 
-    return is_local(recipe, Path.cwd())
+    Raises NotEnoughPeers where one is a hub id that was not downloaded and no node runs that might know it.
+    """
+    from node.merging.references import is_local, refuse_undownloaded
+
+    if is_local(recipe, Path.cwd()):
+        return True
+    if not node_runs(home):
+        refuse_undownloaded(recipe, Path.cwd())
+    return False
+
+
+def how(*, threads: int | None, max_memory: int | None, perplexity: Path | None) -> How:
+    """How to merge, as flags say it; raises MergeCoreError where a text cannot be read as one."""
+    from merge_core.report import read_text
+    from node.merging.how import How
+
+    if perplexity is not None:
+        read_text(perplexity)
+    text = "" if perplexity is None else str(perplexity.absolute())
+    return How(threads=threads, max_memory=max_memory, perplexity=text)
+
+
+def check_here(home: Home, recipe: Recipe) -> Checked:
+    """What stands against a merge and what it takes, from headers on this machine alone."""
+    from node.merging.check import examine
+
+    known = known_places(home).find if home.root.is_dir() else lambda model_id: None
+    return examine(recipe, Path.cwd(), known)
 
 
 def known_places(home: Home) -> KnownPlaces:
@@ -254,7 +282,13 @@ def plan_here(home: Home, recipe: Recipe) -> dict[str, Any]:
 
 
 def merge_here(
-    home: Home, recipe: Recipe, directory: Path, *, resume: bool, on_view: Callable[[JobView], None]
+    home: Home,
+    recipe: Recipe,
+    directory: Path,
+    *,
+    how: How | None = None,
+    resume: bool,
+    on_view: Callable[[JobView], None],
 ) -> dict[str, Any]:
     """Merge models that all lie here, without a node; signed where there is an identity."""
     from node.merging import local
@@ -262,7 +296,9 @@ def merge_here(
 
     merging = Merging(local_parents(home), identity_if_any(home), clock=time.time, known=known_places(home))
     return asyncio.run(
-        local.merge(merging, recipe, directory.absolute(), resume=resume, clock=time.time, on_view=on_view)
+        local.merge(
+            merging, recipe, directory.absolute(), how=how, resume=resume, clock=time.time, on_view=on_view
+        )
     )
 
 

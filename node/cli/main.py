@@ -12,10 +12,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from node.cli import demo, local, network
+from node.cli import demo, local, merging, network
 from node.cli.output import out
 
 EXIT_INTERRUPTED = 130
+MERGING = "Merging"
 
 # What to run next after an error that does not know better, by exit code.
 _NEXT = {
@@ -23,7 +24,7 @@ _NEXT = {
     3: "weft up -d",
     4: "weft peers",
     5: "weft verify DIR",
-    6: "weft plan RECIPE",
+    6: "weft check RECIPE",
 }
 
 # typer carries its own copy of click and shows of its errors only this one; its bases are UsageError and
@@ -57,7 +58,8 @@ def every_verb(
 
 
 local.register(app)
-network.register(app)
+merging.register(app, MERGING)
+network.register(app, MERGING)
 demo.register(app)
 
 

@@ -1,10 +1,9 @@
-"""Verbs that talk to the node: up, down, status, peers, invite, join, search, get, plan, merge, jobs."""
+"""Verbs that talk to the node: up, down, status, peers, invite, join, search, get, jobs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,21 +11,19 @@ import typer
 from node.cli import follow, render
 from node.cli.output import escape, out
 
-MERGING = "Merging"
 jobs_verbs = typer.Typer(help="List, watch, cancel or resume long-running work.")
 
 
-def register(app: typer.Typer) -> None:
-    """Hang these verbs on the command."""
+def register(app: typer.Typer, merging: str) -> None:
+    """Hang these verbs on the command; jobs belong to the panel `merging`."""
     panels: dict[str, tuple[Callable[..., None], ...]] = {
         "This node": (up, down, status),
         "The network": (peers, invite, join, search, get),
-        MERGING: (plan, merge),
     }
     for panel, verbs in panels.items():
         for verb in verbs:
             app.command(rich_help_panel=panel)(verb)
-    app.add_typer(jobs_verbs, name="jobs", rich_help_panel=MERGING)
+    app.add_typer(jobs_verbs, name="jobs", rich_help_panel=merging)
 
 
 def up(
@@ -137,52 +134,6 @@ def get(
 
     data = follow.to_the_end(Home.default(), lambda node: node.start_get(model_id, publisher=publisher))
     out.result(data, lambda console: console.print(data["directory"]))
-
-
-def plan(recipe: Annotated[Path, typer.Argument(help="A mergekit YAML file.")]) -> None:
-    """Resolve a recipe and show what it would cost, without moving a byte of weights."""
-    from node import app
-    from node.home import Home
-
-    home, wanted = Home.default(), app.read_recipe(recipe)
-    if app.needs_no_node(wanted):
-        data = app.plan_here(home, wanted)
-    else:
-        data = follow.ask(home, lambda node: node.plan(wanted.to_yaml()))
-    out.result(data, lambda console: render.plan(console, data))
-
-
-def merge(
-    recipe: Annotated[Path, typer.Argument(help="A mergekit YAML file.")],
-    directory: Annotated[Path, typer.Option("-o", "--out", help="Where the merged model goes.")],
-    publish: Annotated[str, typer.Option(help="Share the result under this name.")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted merge.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
-) -> None:
-    """Merge experts as RECIPE says, and print the new model's id."""
-    from node import app
-    from node.home import Home
-
-    if dry_run:
-        plan(recipe)
-        return
-    home, wanted = Home.default(), app.read_recipe(recipe)
-    if app.needs_no_node(wanted):
-        if publish:
-            app.identity(home)  # without one nothing can be shared: say so before the work
-        with render.live(out) as show:
-            data = app.merge_here(
-                home, wanted, directory, resume=resume, on_view=lambda view: show(render.view_data(view))
-            )
-        if publish:
-            app.add(home, Path(data["directory"]), name=publish, licence=None, on_progress=lambda count: None)
-            app.announce_if_running(home)
-    else:
-        text = wanted.to_yaml()
-        data = follow.to_the_end(
-            home, lambda node: node.start_merge(text, directory, publish_as=publish, resume=resume)
-        )
-    out.result(data, lambda console: render.merged(console, out, data))
 
 
 @jobs_verbs.command("ls")

@@ -206,6 +206,25 @@ def _holders(expert: Data) -> str:
     return ", ".join(names)
 
 
+def checked(console: Console, data: Data) -> None:
+    """What a merge of models on this machine would take, and whether they go together."""
+    rows = (
+        (
+            m["reference"],
+            m["hub"] or "-",
+            m["licence"] if m["here"] else "-",
+            size(m["size"]) if m["here"] else "?",
+        )
+        for m in data["models"]
+    )
+    console.print(table("", ("model", "hub", "licence", "size"), rows))
+    if data["tensors"]:
+        _pairs(console, [("operator", data["operator"]), ("licence", data["licence"]), *_cost(data)])
+    _mind(console, data["warnings"])
+    if data["ok"]:
+        console.print("[green]They can be merged.[/]")
+
+
 def plan(console: Console, data: Data) -> None:
     """What a merge would read, move, need and write."""
     rows = (
@@ -220,30 +239,49 @@ def plan(console: Console, data: Data) -> None:
         for i in data["inputs"]
     )
     console.print(table("", ("role", "model", "model id", "licence", "size", "where"), rows))
-    _pairs(
-        console,
-        [
-            ("plan", data["plan"]),
-            ("operator", data["operator"]),
-            ("tensors", data["tensors"]),
-            ("to fetch", size(data["fetch_bytes"])),
-            ("to write", size(data["output_bytes"])),
-            ("peak memory", size(data["peak_ram_bytes"])),
-        ],
-    )
-    for warning in data["warnings"]:
+    named = [("plan", data["plan"]), ("operator", data["operator"]), ("licence", data["licence"])]
+    _pairs(console, [*named, *_cost(data)])
+    _mind(console, data["warnings"])
+
+
+def _cost(data: Data) -> list[tuple[str, object]]:
+    return [
+        ("tensors", data["tensors"]),
+        ("to read", size(data["read_bytes"])),
+        ("to fetch", size(data["fetch_bytes"])),
+        ("to write", size(data["output_bytes"])),
+        ("peak memory", size(data["peak_ram_bytes"])),
+    ]
+
+
+def _mind(console: Console, warnings: Iterable[str]) -> None:
+    for warning in warnings:
         console.print(f"[yellow]mind:[/] {escape(warning)}")
 
 
 def merged(console: Console, out: Output, data: Data) -> None:
-    """The new model's id on stdout; what to do with it on stderr."""
-    for warning in data["warnings"]:
-        out.say(f"[yellow]mind:[/] {escape(warning)}")
+    """The new model's id on stdout; what it looks like and what to do with it on stderr."""
+    _mind(out.story_console, data["warnings"])
+    _sanity(out, data["report"])
     out.say(f"The merged model lies in [bold]{escape(data['directory'])}[/]")
     if data.get("signed") is False:
         out.say("It is [yellow]unsigned[/]: there is no identity here. To sign: weft init, then merge again")
     out.say(f"Check it: [bold]weft verify {escape(data['directory'])} --audit full[/]")
     console.print(data["model_id"])
+
+
+def _sanity(out: Output, report: Data) -> None:
+    norms, verdict = report["lines"]
+    out.say(escape(norms))
+    out.say(f"[yellow]mind:[/] {escape(verdict)}" if report["flags"] else escape(verdict))
+    if report["readings"]:
+        rows = (
+            (r["model"], f"{r['bits_per_byte']:.4f}", f"{r['perplexity']:.4g}", r["tokens"])
+            for r in report["readings"]
+        )
+        out.story_console.print(table("", ("model", "bits per byte", "perplexity", "tokens"), rows))
+    if report["text"]:
+        out.say(f"[dim]{escape(report['text'])}[/]")
 
 
 def jobs(console: Console, rows: list[Data]) -> None:

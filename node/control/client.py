@@ -7,7 +7,7 @@ with ControlClient.connect(Home.default()) as node:
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -91,15 +91,25 @@ class ControlClient:
         return answer
 
     def start_merge(
-        self, recipe: str, directory: Path, *, publish_as: str = "", resume: bool = False
+        self,
+        recipe: str,
+        directory: Path,
+        *,
+        publish_as: str = "",
+        how: Mapping[str, Any] | None = None,
+        resume: bool = False,
     ) -> pb.Job:
-        """Start a merge of a recipe (YAML) into `directory`, or take up the unfinished one."""
+        """Start a merge of a recipe (YAML) into `directory`, or take up the unfinished one.
+
+        `how` may say threads, max_memory (bytes) and perplexity (the path of a text).
+        """
         request = pb.StartMergeRequest(
             request_id=uuid.uuid4().hex,
             recipe=recipe,
             directory=str(directory.absolute()),
             publish_as=publish_as,
             resume=resume,
+            **(how or {}),
         )
         return self._job(self._stub.StartMerge, request)
 

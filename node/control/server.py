@@ -34,6 +34,7 @@ from node.errors import LocalError, NotEnoughPeers, UsageError, WeftError
 from node.home import Home
 from node.identity.keyring import Identity
 from node.jobs.runner import Jobs, JobView
+from node.merging.how import How
 from node.merging.merge import Merging
 from node.network.base import Network
 from node.wire.v1 import control_pb2 as pb
@@ -42,6 +43,7 @@ from node.wire.v1 import control_pb2_grpc
 SERVICE = "weft.v1.Node"
 MAX_MESSAGE = 4 << 20
 MAX_PAGE = 500
+MAX_THREADS = 256
 _REQUEST_ID = re.compile(r"[0-9A-Za-z-]{8,64}")
 _OPEN_TO_ALL = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
 
@@ -135,6 +137,7 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
                 "recipe": request.recipe,
                 "directory": _absolute(request.directory),
                 "publish_as": request.publish_as,
+                **_how(request).to_json(),
             },
         )
         if request.resume:
@@ -303,6 +306,14 @@ def _absolute(directory: str) -> str:
             f"{Path(directory).parent} is not a directory", hint=f"mkdir -p {Path(directory).parent}"
         )
     return directory
+
+
+def _how(request: pb.StartMergeRequest) -> How:
+    if request.threads < 0 or request.threads > MAX_THREADS or request.max_memory < 0:
+        raise UsageError(f"threads are 0 to {MAX_THREADS}, memory is not negative", hint="weft merge --help")
+    if request.perplexity:
+        _absolute(request.perplexity)
+    return How(threads=request.threads, max_memory=request.max_memory, perplexity=request.perplexity)
 
 
 def _refuse_existing(directory: str) -> None:

@@ -39,7 +39,10 @@ def job(view: JobView) -> pb.Job:
         transfers=_transfers(found.steps.get("received", {})),
         model_id=str(result.get("model_id", "")),
         warnings=result.get("warnings", ()),
+        licence=result.get("licence", ""),
     )
+    if "report" in result:
+        message.report.CopyFrom(_report(result["report"]))
     if view.progress is not None:
         message.progress.CopyFrom(
             pb.Progress(what=view.progress.what, done=view.progress.done, total=view.progress.total)
@@ -67,6 +70,11 @@ def peer(info: PeerInfo, experts: int) -> pb.PeerView:
         latency_ms=-1.0 if info.latency is None else info.latency * 1000,
         experts=experts,
     )
+
+
+def _report(told: Mapping[str, Any]) -> pb.MergeReport:
+    readings = [pb.Reading(**reading) for reading in told["readings"]]
+    return pb.MergeReport(**{**told, "readings": readings})
 
 
 def _agreement(envelope: Any) -> pb.AgreementView:
@@ -121,7 +129,9 @@ def plan(planned: Planned) -> pb.PlanMergeResponse:
         output_bytes=planned.estimate.output_bytes,
         fetch_bytes=sum(item.size for item in inputs if not item.local),
         peak_ram_bytes=planned.estimate.peak_ram_bytes,
-        warnings=planned.estimate.warnings,
+        warnings=planned.warnings,
+        read_bytes=planned.estimate.read_bytes,
+        licence=planned.inherited.licence,
     )
 
 

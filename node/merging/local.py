@@ -15,6 +15,7 @@ from node.errors import LocalError, WeftError
 from node.jobs.journal import Journal
 from node.jobs.runner import JobView, perform
 from node.merging.audit import Auditing
+from node.merging.how import How
 from node.merging.merge import Merging, leftovers
 
 _JOB = "merge"
@@ -30,6 +31,7 @@ async def merge(
     recipe: Recipe,
     target: Path,
     *,
+    how: How | None = None,
     resume: bool,
     clock: Callable[[], float],
     on_view: Callable[[JobView], None],
@@ -49,7 +51,13 @@ async def merge(
         stack.enter_context(journal.lock(_JOB))
         job = journal.load(_JOB) if fresh else _take_up(journal, created, clock())
         try:
-            ended = await perform(journal, job, merging.merge, clock=clock, on_change=on_view)
+            ended = await perform(
+                journal,
+                job,
+                lambda attempt: merging.merge(attempt, how or How()),
+                clock=clock,
+                on_change=on_view,
+            )
         except (MergeCoreError, WeftError):
             if not leftovers(target):
                 journal.remove()

@@ -37,18 +37,18 @@ from merge_core.checkpoint.writer import CheckpointWriter, partial_path
 from merge_core.digest import ModelId
 from merge_core.errors import CannotWrite, MergeCoreError, Unmergeable
 from merge_core.functional import result_files
-from merge_core.memory import fit
-from merge_core.plan import THREADS, MergePlan
+from merge_core.plan import MergePlan
 from merge_core.recipe import Recipe
 from merge_core.report import MAX_REPORT, MERGED, Reading, Report
 from merge_core.resolve import Estimate, draft
 from merge_core.trace import Trace
 from node.domain.job import JobState
 from node.domain.negotiation import Purpose
-from node.errors import LimitReached, LocalError, WeftError
+from node.errors import LocalError, WeftError
 from node.identity.keyring import Identity
 from node.jobs.runner import Attempt
 from node.merging import card
+from node.merging.how import How
 from node.merging.inherited import Inherited, inherit
 from node.merging.known import KnownPlaces
 from node.merging.parents import Obtained, OnDisk, Parent, ParentSource
@@ -106,12 +106,12 @@ class Merging:
         planned.inherited.refuse()
         return planned
 
-    async def merge(self, attempt: Attempt) -> dict[str, Any]:
-        """Do the job {recipe, directory, publish_as, threads, max_memory, perplexity}.
+    async def merge(self, attempt: Attempt, how: How | None = None) -> dict[str, Any]:
+        """Do the job {recipe, directory, publish_as} as `how` says, else as the request does.
 
-        All but the first two may be missing; `perplexity` names a text. The result is {model_id, directory,
-        signed, licence, warnings, report}.
+        The result is {model_id, directory, signed, licence, warnings, report}.
         """
+        how = How.of(attempt.request) if how is None else how
         target = Path(attempt.request["directory"])
         planned = await self.plan(recipes.parse(attempt.request["recipe"]), attempt)
         if attempt.reached("plan") not in (None, planned.plan.digest):
@@ -120,13 +120,13 @@ class Merging:
                 hint=f"weft merge RECIPE -o {target}",
             )
         attempt.reach("plan", planned.plan.digest)
-        threads = _threads(planned, attempt.request)
+        threads = how.fitting(planned.plan, tuple(parent.header for parent in planned.parents))
         if not _is_there(target, planned.plan):
             obtained = await self._parents.obtain(planned.parents, planned.plan, Purpose.MERGE, attempt)
             planned = replace(planned, parents=tuple(obtained.settle(p) for p in planned.parents))
             try:
                 planned.inherited.refuse()  # a signed card may say what an advert did not
-                await self._execute(attempt, planned, obtained, target, threads)
+                await self._execute(attempt, planned, obtained, target, replace(how, threads=threads))
             except MergeCoreError:
                 await asyncio.to_thread(discard, target)  # trying again would end the same way
                 raise
@@ -154,21 +154,21 @@ class Merging:
                     self._known.remember(parent.model_id, parent.directory)
 
     async def _execute(
-        self, attempt: Attempt, planned: Planned, obtained: Obtained, target: Path, threads: int
+        self, attempt: Attempt, planned: Planned, obtained: Obtained, target: Path, how: How
     ) -> None:
         attempt.enter(JobState.MERGING)
         work = work_folder(target)
         inputs = [obtained.parents[model_id] for model_id in planned.plan.inputs]
         await asyncio.to_thread(lay_out, work, planned.plan, inputs)
-        request = _request(work, inputs, target) | {"threads": threads}
+        request = _request(work, inputs, target) | {"threads": how.threads, "max_memory": how.max_memory}
         made = await process.run("merge", request, on_event=teller(attempt))
         attempt.enter(JobState.VERIFYING)
         merged = await asyncio.to_thread(_read_back, planned, obtained, made)
         found = Report.parse(await asyncio.to_thread(Path(made["report"]).read_bytes))
         files = await asyncio.to_thread(_functional, planned.plan, inputs)
-        if attempt.request.get("perplexity"):
+        if how.perplexity:
             await asyncio.to_thread(_lay_beside, target, planned.plan, files)
-            found = await _predicted(attempt, planned, inputs, target, found)
+            found = await _predicted(attempt, planned, inputs, target, found, how.perplexity)
         files |= card.files(
             planned.recipe,
             planned.plan,
@@ -243,7 +243,12 @@ def _functional(plan: MergePlan, inputs: Sequence[OnDisk]) -> dict[str, bytes]:
 
 
 async def _predicted(
-    attempt: Attempt, planned: Planned, inputs: Sequence[OnDisk], target: Path, found: Report
+    attempt: Attempt,
+    planned: Planned,
+    inputs: Sequence[OnDisk],
+    target: Path,
+    found: Report,
+    text: str,
 ) -> Report:
     """The report with how well the result and its parents predict a text, or why nobody knows.
 
@@ -253,23 +258,13 @@ async def _predicted(
     models += [
         [parent.label, str(item.directory)] for parent, item in zip(planned.parents, inputs, strict=True)
     ]
-    request = {"text": attempt.request["perplexity"], "models": models}
+    request = {"text": text, "models": models}
     try:
         answer = await process.run("perplexity", request, on_event=teller(attempt))
     except (MergeCoreError, WeftError) as error:
         return replace(found, text=f"not measured: {error.why}")
     readings = tuple(Reading(**reading) for reading in answer["readings"])
     return replace(found, text=answer["text"], readings=readings)
-
-
-def _threads(planned: Planned, request: Mapping[str, Any]) -> int:
-    """How many threads the merge may have; raises LimitReached where one needs more than is allowed."""
-    tensors = [parent.header.tensors for parent in planned.parents]
-    wanted, limit = request.get("threads") or THREADS, request.get("max_memory") or None
-    try:
-        return fit(planned.plan.steps, tensors, threads=wanted, limit=limit)
-    except Unmergeable as error:
-        raise LimitReached(error.why, hint=error.hint) from error
 
 
 def _read_back(planned: Planned, obtained: Obtained, made: Mapping[str, Any]) -> Merge:

@@ -90,6 +90,13 @@ def nowhere_here(reference: str) -> NotEnoughPeers:
     )
 
 
+def refuse_undownloaded(recipe: Recipe, folder: Path) -> None:
+    """Raise NotEnoughPeers for the first hub id that is not in the cache."""
+    for model in recipe.models:
+        if isinstance(parse_reference(model, folder), Named) and hub.parse(model):
+            raise nowhere_here(model)
+
+
 def absolute(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with every local directory spelled absolutely, as another process can read it."""
     return rename(recipe, _absolute_names(recipe, folder))

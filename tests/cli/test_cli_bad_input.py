@@ -26,7 +26,7 @@ from node.cli import main
 Prepare = Callable[[Path], None]
 
 # A hint is words around a command that a shell runs.
-COMMAND = re.compile(r"(^|[ :;(])(weft (--)?[a-z]|(ls|mkdir|chmod|mv|rm|df|ss|cat|kill) )")
+COMMAND = re.compile(r"(^|[ :;(])(weft (--)?[a-z]|(ls|mkdir|chmod|mv|rm|df|ss|cat|kill|hf) )")
 
 
 @dataclass(frozen=True, kw_only=True)

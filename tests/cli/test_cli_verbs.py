@@ -106,7 +106,10 @@ def _files(folder: Path) -> set[str]:
 
 
 def test_a_merge_needs_no_identity_and_leaves_only_its_output(made: Made) -> None:
-    records = {"mergekit_config.yml", "weft.manifest.json", "weft.plan.json", "weft.trace.json"}
+    records = {
+        "mergekit_config.yml",
+        *(f"weft.{kind}.json" for kind in ("manifest", "plan", "report", "trace")),
+    }
     model = {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"}
     signatures = {"model.sig", "weft.publisher.json", "provenance.dsse.json", "weft.agreements.json"}
     found = _files(made.folder) - made.before

@@ -210,7 +210,7 @@ class PlanMergeRequest(_message.Message):
     def __init__(self, recipe: _Optional[str] = ...) -> None: ...
 
 class PlanMergeResponse(_message.Message):
-    __slots__ = ("plan", "operator", "inputs", "tensors", "output_bytes", "fetch_bytes", "peak_ram_bytes", "warnings")
+    __slots__ = ("plan", "operator", "inputs", "tensors", "output_bytes", "fetch_bytes", "peak_ram_bytes", "warnings", "read_bytes", "licence")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     OPERATOR_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,8 @@ class PlanMergeResponse(_message.Message):
     FETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_RAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LICENCE_FIELD_NUMBER: _ClassVar[int]
     plan: str
     operator: str
     inputs: _containers.RepeatedCompositeFieldContainer[PlanInput]
@@ -227,7 +229,9 @@ class PlanMergeResponse(_message.Message):
     fetch_bytes: int
     peak_ram_bytes: int
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, plan: _Optional[str] = ..., operator: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[PlanInput, _Mapping]]] = ..., tensors: _Optional[int] = ..., output_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., peak_ram_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    read_bytes: int
+    licence: str
+    def __init__(self, plan: _Optional[str] = ..., operator: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[PlanInput, _Mapping]]] = ..., tensors: _Optional[int] = ..., output_bytes: _Optional[int] = ..., fetch_bytes: _Optional[int] = ..., peak_ram_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., read_bytes: _Optional[int] = ..., licence: _Optional[str] = ...) -> None: ...
 
 class AgreementView(_message.Message):
     __slots__ = ("digest", "provider", "requester", "purpose", "models", "expires_at")
@@ -292,7 +296,7 @@ class JobError(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., why: _Optional[str] = ..., hint: _Optional[str] = ..., exit_code: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "state", "since", "waiting_on", "subject", "directory", "plan", "agreements", "transfers", "progress", "model_id", "audit", "error", "warnings")
+    __slots__ = ("id", "kind", "state", "since", "waiting_on", "subject", "directory", "plan", "agreements", "transfers", "progress", "model_id", "audit", "error", "warnings", "licence", "report")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -308,6 +312,8 @@ class Job(_message.Message):
     AUDIT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    LICENCE_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: JobKind
     state: JobState
@@ -323,21 +329,59 @@ class Job(_message.Message):
     audit: AuditResult
     error: JobError
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., state: _Optional[_Union[JobState, str]] = ..., since: _Optional[float] = ..., waiting_on: _Optional[str] = ..., subject: _Optional[str] = ..., directory: _Optional[str] = ..., plan: _Optional[str] = ..., agreements: _Optional[_Iterable[_Union[AgreementView, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., model_id: _Optional[str] = ..., audit: _Optional[_Union[AuditResult, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    licence: str
+    report: MergeReport
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., state: _Optional[_Union[JobState, str]] = ..., since: _Optional[float] = ..., waiting_on: _Optional[str] = ..., subject: _Optional[str] = ..., directory: _Optional[str] = ..., plan: _Optional[str] = ..., agreements: _Optional[_Iterable[_Union[AgreementView, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., model_id: _Optional[str] = ..., audit: _Optional[_Union[AuditResult, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., licence: _Optional[str] = ..., report: _Optional[_Union[MergeReport, _Mapping]] = ...) -> None: ...
+
+class MergeReport(_message.Message):
+    __slots__ = ("lines", "flags", "tensors", "measured", "zeros", "text", "readings")
+    LINES_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    ZEROS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    READINGS_FIELD_NUMBER: _ClassVar[int]
+    lines: _containers.RepeatedScalarFieldContainer[str]
+    flags: _containers.RepeatedScalarFieldContainer[str]
+    tensors: int
+    measured: int
+    zeros: int
+    text: str
+    readings: _containers.RepeatedCompositeFieldContainer[Reading]
+    def __init__(self, lines: _Optional[_Iterable[str]] = ..., flags: _Optional[_Iterable[str]] = ..., tensors: _Optional[int] = ..., measured: _Optional[int] = ..., zeros: _Optional[int] = ..., text: _Optional[str] = ..., readings: _Optional[_Iterable[_Union[Reading, _Mapping]]] = ...) -> None: ...
+
+class Reading(_message.Message):
+    __slots__ = ("model", "bits_per_byte", "perplexity", "tokens")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    def __init__(self, model: _Optional[str] = ..., bits_per_byte: _Optional[float] = ..., perplexity: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class StartMergeRequest(_message.Message):
-    __slots__ = ("request_id", "recipe", "directory", "publish_as", "resume")
+    __slots__ = ("request_id", "recipe", "directory", "publish_as", "resume", "threads", "max_memory", "perplexity")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     PUBLISH_AS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     recipe: str
     directory: str
     publish_as: str
     resume: bool
-    def __init__(self, request_id: _Optional[str] = ..., recipe: _Optional[str] = ..., directory: _Optional[str] = ..., publish_as: _Optional[str] = ..., resume: _Optional[bool] = ...) -> None: ...
+    threads: int
+    max_memory: int
+    perplexity: str
+    def __init__(self, request_id: _Optional[str] = ..., recipe: _Optional[str] = ..., directory: _Optional[str] = ..., publish_as: _Optional[str] = ..., resume: _Optional[bool] = ..., threads: _Optional[int] = ..., max_memory: _Optional[int] = ..., perplexity: _Optional[str] = ...) -> None: ...
 
 class StartMergeResponse(_message.Message):
     __slots__ = ("job",)
