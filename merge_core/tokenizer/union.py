@@ -133,10 +133,7 @@ def _union(first: Vocabulary, others: Sequence[Vocabulary]) -> list[AddedToken]:
     plain: dict[str, None] = {}
     for vocabulary in others:
         plain.update(dict.fromkeys(token for token in vocabulary.ids if token and token not in added))
-    mine = {token.content for token in first.added}
-    return [AddedToken(content=token) for token in plain if token not in first.ids] + [
-        token for content, token in added.items() if content not in mine
-    ]
+    return [AddedToken(content=token) for token in plain if token not in first.ids] + [*added.values()]
 
 
 def _rows_of(files: Mapping[str, bytes]) -> int | None:

@@ -1,7 +1,8 @@
 """Rows of tokens against mergekit 0.1.5: each token of the output has the very row that mergekit gives it.
 
 mergekit numbers the tokens that a union adds by the order of a hash table, so rows are compared by token.
-Its average row for padding is summed in another order.
+Its average row for padding is summed in another order. Left out: with `source: base` it adds the tokens of
+rules to the base's tokenizer in place, and then takes whatever the base has in its unused rows for them.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ CASES = {
     "rules and padding": LINEAR + BASED + RULES,
     "union, task vectors": TASK + "tokenizer: {{source: union}}\n",
     "a copy with a new token": COPY
-    + "tokenizer: {{source: base, tokens: {{<void>: {{source: {{kind: zero}}}}}}}}\n",
+    + "tokenizer: {{source: union, tokens: {{<void>: {{source: {{kind: zero}}}}}}}}\n",
 }
 WEIGHTS = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
 
