@@ -72,7 +72,8 @@ async def _spawn(task: str) -> Process:
 
 def _environment() -> dict[str, str]:
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **offline, "PYTHONUNBUFFERED": "1"}
+    # The threads of a merge are enough: numpy's own would only be in their way.
+    return {**os.environ, **offline, "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 async def _feed(child: Process, document: bytes) -> None:
