@@ -144,7 +144,7 @@ class Operator:
     base_model: the same parameters, another formula. `passes` is how often `measure` reads the tensors, at
     most. `traces` names what `measure` returns for the given parameters and number of experts, with the
     number of values and whether they are ints. With `rows` every chunk consists of whole rows,
-    with `chance` it comes with keys.
+    with `chance` it comes with keys. `conflict` says why values that are each in range do not fit together.
     """
 
     name: str
@@ -160,6 +160,7 @@ class Operator:
     traces: Callable[[Parameters, int], Mapping[str, tuple[int, type]]] = lambda parameters, experts: {}
     rows: bool = False
     chance: bool = False
+    conflict: Callable[[Parameters], str | None] = lambda parameters: None
     fixed: Mapping[str, bool] = field(default_factory=dict, hash=False)
     over_base: Operator | None = None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from merge_core.operators.base import Array, Exactness, Parameter, single
+from merge_core.operators.base import Array, Exactness, Parameter, Parameters, each, single
 from merge_core.operators.chance import draws, halves, limit
 from merge_core.operators.dare import RESCALE
 from merge_core.operators.scratch import scratch
@@ -89,6 +89,14 @@ def _compiled(vector: TaskVector, out: Array) -> None:
     kernels.keep_by_rank(*vector.operands, ranked, low, high, start, *_tables(vector), out)
 
 
+def _conflict(parameters: Parameters) -> str | None:
+    """Where a density leaves the probabilities no room, as mergekit has it."""
+    for density, epsilon in zip(each(parameters, "density"), each(parameters, "epsilon"), strict=True):
+        if 0.0 < density < 1.0 and not (epsilon < density and density + epsilon < 1.0):
+            return f"density {density:g} ± epsilon {epsilon:g} must lie between 0 and 1"
+    return None
+
+
 _DELLA = Thinning(
     cite="arXiv:2406.11617",
     exactness=Exactness.ELEMENTWISE,
@@ -98,6 +106,7 @@ _DELLA = Thinning(
     norm="rescale_l1",
     rows=True,
     chance=True,
+    conflict=_conflict,
 )
 
 DELLA = operator("della", _DELLA, consensus=True, normalize=True)

@@ -26,7 +26,13 @@ def _compiled(vector: TaskVector, out: Array) -> None:
 
 TASK_ARITHMETIC = operator(
     "task_arithmetic",
-    Thinning(cite="arXiv:2212.04089", exactness=Exactness.ELEMENTWISE, apply=_apply, compiled=_compiled),
+    Thinning(
+        cite="arXiv:2212.04089",
+        exactness=Exactness.ELEMENTWISE,
+        apply=_apply,
+        compiled=_compiled,
+        fixed={"rescale": False},
+    ),
     consensus=False,
     normalize=False,
 )

@@ -11,7 +11,7 @@ what mergekit calls `rescale`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +88,8 @@ class Thinning:
     traces: tuple[str, ...] = ()
     rows: bool = False
     chance: bool = False
+    conflict: Callable[[Parameters], str | None] = lambda parameters: None
+    fixed: Mapping[str, bool] = field(default_factory=dict)
 
     def restores_norm(self, parameters: Parameters) -> bool:
         """Whether the L1 norm of what is thinned out is restored."""
@@ -162,6 +164,8 @@ def operator(name: str, thinning: Thinning, *, consensus: bool, normalize: bool)
         traces=traces,
         rows=thinning.rows,
         chance=thinning.chance,
+        conflict=thinning.conflict,
+        fixed=thinning.fixed,
     )
 
 

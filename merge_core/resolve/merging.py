@@ -342,7 +342,7 @@ class Merging:
         )
 
     def _parameters(self, site: _Site) -> dict[str, Value] | None:
-        """Every parameter of a tensor; None, and a problem, where the recipe leaves one open."""
+        """Every parameter of a tensor; None, and a problem, where one is open or they do not fit."""
         part, merge = site.part, self._merge
         experts = list(zip(part.operands, site.names, strict=True))[part.operator.needs_base :]
         parameters: dict[str, Value] = {}
@@ -358,6 +358,9 @@ class Merging:
                 self.problems.append(f"the recipe gives no {declared.name}{whose} for {site.name}")
                 return None
             parameters[declared.name] = tuple(map(float, numbers)) if declared.each else numbers[0]
+        if conflict := part.operator.conflict(parameters):
+            self.problems.append(f"{conflict} for {site.name}")
+            return None
         return parameters
 
     def _copy(self, site: _Site, operand: tuple[str, str], info: TensorInfo) -> None:

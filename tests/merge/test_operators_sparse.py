@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.operators import find, kernels
 from merge_core.operators.base import Array, Chunk, Parameters, Traced
@@ -19,6 +20,8 @@ from merge_core.operators.breadcrumbs import counts
 from merge_core.operators.chance import draws, halves, limit, philox
 from merge_core.operators.della import limits
 from merge_core.operators.trimming import NOTHING, Cut, cut_at, cuts, delta_magnitudes, trace_cuts, uppers
+from merge_core.recipe import parse
+from merge_core.resolve import ModelHeader, check
 
 Wide = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -224,6 +227,14 @@ def test_dare_keeps_what_draws_below_its_limit_and_divides_by_the_density() -> N
     assert np.array_equal(result, np.where(drawn < limit(0.7), delta * np.float32(0.5 / 0.7), 0))
 
 
+@pytest.mark.parametrize("name", CHANCE)
+def test_a_draw_at_the_limit_is_dropped_and_one_below_is_kept(name: str) -> None:
+    (draw,) = draws(KEYS[0], torch.empty(1), 0).tolist()
+    given = {"rescale": False} | ({"epsilon": 0.0} if "della" in name else {})
+    assert merged(name, [[0.0], [1.0]], density=draw / 2**32, **given).tolist() == [0.0]
+    assert merged(name, [[0.0], [1.0]], density=(draw + 1) / 2**32, **given).tolist() == [1.0]
+
+
 @pytest.mark.parametrize("rescale", [True, False])
 def test_della_keeps_the_large_more_often_rank_by_rank(rescale: bool) -> None:
     row, rows, density, epsilon = 11, 40_000, 0.5, 0.3
@@ -277,6 +288,25 @@ def test_the_limits_of_della_are_a_straight_line_in_whole_numbers() -> None:
     assert limits(2, 0.9, 0.5).tolist() == [limit(0.4), 2**32 - 1]
     line = limits(10_000, 0.3, 0.1).astype(np.float64) / 2**32
     assert np.abs(line - np.linspace(0.2, 0.4, 10_000)).max() < 2.0**-31
+
+
+@pytest.mark.parametrize(
+    ("density", "epsilon", "fits"),
+    [(0.5, 0.15, True), (0.9, 0.15, False), (0.15, 0.15, False), (1.0, 0.15, True), (0.0, 0.15, True)],
+)
+def test_probabilities_that_leave_their_range_are_a_problem_of_the_recipe(
+    density: float, epsilon: float, fits: bool
+) -> None:
+    info = TensorInfo(dtype="F32", shape=(4, 4))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1}
+    header = ModelHeader(tensors={"model.norm.weight": info}, config=config, files=())
+    text = (
+        "merge_method: della\nbase_model: a\n"
+        f"models: [{{model: b, parameters: {{weight: 1, density: {density}, epsilon: {epsilon}}}}}]\n"
+    )
+    problems = check(parse(text), {"a": header, "b": header}).problems
+    fault = f"density {density:g} ± epsilon {epsilon:g} must lie between 0 and 1 for model.norm.weight"
+    assert problems == (() if fits else (fault,))
 
 
 # -- trimming --------------------------------------------------------------------------------------------
