@@ -125,7 +125,7 @@ base_model: {base}
 models:
   - {{model: {math}}}
   - {{model: {code}}}
-parameters: {{select_topk: [{{filter: mlp, value: [0.1, 0.7]}}, {{value: 0.4}}]}}
+parameters: {{select_topk: [{{filter: mlp, value: [0.13, 0.71]}}, {{value: 0.4}}]}}
 """,
 }
 RECIPES = CONSTANT | RANKED
@@ -143,6 +143,7 @@ def outcomes(draw, named, llama, both):  # type: ignore[no-untyped-def]
     ranked = {
         "base": bases,
         "math": {name: base + _distinct(name, base, draw) for name, base in bases.items()},
+        "code": {name: base + draw(f"code {name}", *base.shape) for name, base in bases.items()},
     }
     recipes = {}
     for group, models in ((CONSTANT, llama(constant)), (RANKED, llama(ranked))):
