@@ -26,6 +26,8 @@ _THREAD = 24 << 20
 """What a thread holds whatever it works on: histograms, and what the allocator keeps for it."""
 _TENSOR = 4 << 10
 """Names, digests and parameters of one tensor."""
+_TOKENS = 192 << 20
+"""Tokenizers of some 150,000 tokens while they are read, and the leaves that rows are gathered from."""
 
 
 def peak(steps: Sequence[Step], inputs: Sequence[Mapping[str, TensorInfo]], *, threads: int) -> int:
@@ -36,6 +38,7 @@ def peak(steps: Sequence[Step], inputs: Sequence[Mapping[str, TensorInfo]], *, t
         max((_working_set(tensor, inputs, steps) for tensor in step.tensors), default=0) for step in steps
     )
     fixed = _PROCESS + (0 if compiled else _TORCH) + len(tensors) * _TENSOR
+    fixed += _TOKENS if any(step.tokenizer for step in steps) else 0
     return fixed + threads * (_THREAD + held)
 
 

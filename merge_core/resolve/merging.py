@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_core.checkpoint import dtypes
@@ -34,12 +34,17 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """A slice, its operator, its operands in order, and which of them says what tensors there are."""
+    """A slice, its operator, its operands in order, and which of them says what tensors there are.
+
+    `resolved` keeps the parameters by depth and by what `filters` find in the names.
+    """
 
     slice: Slice
     operator: Operator
     operands: tuple[Input, ...]
     leader: int
+    filters: tuple[str, ...]
+    resolved: dict[tuple[float, tuple[bool, ...]], dict[str, Value]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +101,11 @@ class Merging:
             self._resolve(site)
         if not self.tensors and not self.problems:
             self.problems.append(f"{self._merge.donor} has no tensors")
+        if self._tokens is not None and not self.problems:
+            self.problems += self._tokens.faults(self._made_with_rows, self.tensors)
 
     def step(self) -> Step:
         """The step, once there are no problems."""
-        made = [tensor.name for tensor in self.tensors if tensor.name in self._with_rows]
         return Step(
             base=self._base,
             donor=self._sources[self._merge.donor],
@@ -107,8 +113,12 @@ class Merging:
             tensors=tuple(self.tensors),
             config=self._config,
             chat_template=self._template,
-            tokenizer=None if self._tokens is None else self._tokens.plan(made),
+            tokenizer=None if self._tokens is None else self._tokens.plan(self._made_with_rows),
         )
+
+    @property
+    def _made_with_rows(self) -> list[str]:
+        return [tensor.name for tensor in self.tensors if tensor.name in self._with_rows]
 
     @property
     def _base(self) -> int | None:
@@ -184,7 +194,13 @@ class Merging:
         operands = tuple(item for item in self._merge.operands(part) if item.model in self._headers)
         base = self._merge.base_of(part)
         leader = next((at for at, item in enumerate(operands) if item.model == base), 0)
-        return _Part(slice=part, operator=self._merge.operator(part), operands=operands, leader=leader)
+        return _Part(
+            slice=part,
+            operator=self._merge.operator(part),
+            operands=operands,
+            leader=leader,
+            filters=tuple(self._merge.filters(part)),
+        )
 
     def _whole(self, part: _Part) -> Iterator[_Site]:
         """The tensors of whole models."""
@@ -343,6 +359,16 @@ class Merging:
 
     def _parameters(self, site: _Site) -> dict[str, Value] | None:
         """Every parameter of a tensor; None, and a problem, where one is open or they do not fit."""
+        part = site.part
+        found = tuple(text in name for name in (site.name, *site.names) for text in part.filters)
+        if (site.depth, found) not in part.resolved:
+            parameters = self._resolved(site)
+            if parameters is None:
+                return None
+            part.resolved[site.depth, found] = parameters
+        return part.resolved[site.depth, found]
+
+    def _resolved(self, site: _Site) -> dict[str, Value] | None:
         part, merge = site.part, self._merge
         experts = list(zip(part.operands, site.names, strict=True))[part.operator.needs_base :]
         parameters: dict[str, Value] = {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_core.checkpoint.layout import Role, place
+from merge_core.checkpoint.manifest import MAX_FUNCTIONAL_FILE
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import Unmergeable
 from merge_core.tokenizer.choice import BASE, UNION, ModelToken, TokenChoice, TokenizerChoice
@@ -54,19 +55,20 @@ def settle(
     base: int | None,
     files: Sequence[Files],
 ) -> Settled:
-    """Read the tokenizers of a merge; `models` gives the source of each reference, `files` are all sources'.
+    """Read the tokenizers of a merge; `files` are those of all sources.
 
-    Raises Unmergeable or CorruptCheckpoint where the tokenizers do not go together.
+    `models` gives the source of each reference, the donor first; `base` is the source whose rows are taken
+    before averages. Raises Unmergeable or CorruptCheckpoint where the tokenizers do not go together.
     """
     from merge_core.tokenizer.rows import Owner, map_rows
 
     for model in choice.models:
         if model not in models:
             raise Unmergeable(f"tokenizer: {model} is not one of the models that are merged", hint=_HINT)
-    first = next(iter(models.values())) if base is None else base
-    ordered = (first, *(number for number in models.values() if number != first))
+    first, *_ = ordered = tuple(models.values())
+    sources = {UNION: None, BASE: first}
     plan = TokenizerPlan(
-        source=None if choice.source == UNION else first if choice.source == BASE else models[choice.source],
+        source=sources[choice.source] if choice.source in sources else models[choice.source],
         models=ordered,
         rows=1,
         tensors=(),
@@ -76,9 +78,10 @@ def settle(
     multiple = choice.pad_to_multiple_of or 1
     plan = replace(plan, rows=-(-tokenizers.rows // multiple) * multiple)
     owners = [Owner(source=m, tokens=tokenizers.of(m).ids, rows=tokenizers.rows_of(m)) for m in ordered]
-    # Raises now what would be raised when the files are written and the rows are gathered.
+    # Raises now what would be raised when the rows are gathered.
     map_rows(tokenizers.vocabulary.ids, plan.rows, owners, base, plan.rules)
-    assert tokenizers.files is not None
+    if any(len(data) > MAX_FUNCTIONAL_FILE for data in tokenizers.files.values()):
+        raise Unmergeable(f"the tokenizer of all models would be larger than {MAX_FUNCTIONAL_FILE} bytes")
     return Settled(plan=plan, warnings=tuple(_warnings(tokenizers, plan, models)))
 
 
