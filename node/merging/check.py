@@ -32,6 +32,12 @@ class Looked:
     licence: str = licences.NO_LICENCE
     fault: MergeCoreError | WeftError | None = None
 
+    @property
+    def problem(self) -> str:
+        """Why nobody knows, with the model's name."""
+        why = self.fault.why if self.fault else ""
+        return why if self.reference in why else f"{self.reference}: {why}"
+
     def to_json(self) -> dict[str, Any]:
         """The model for `--json`."""
         found = hub.origin(self.directory) if self.directory else None
@@ -65,7 +71,8 @@ class Checked:
         missing = {model.reference for model in self.models if model.fault}
         unread = {f"{base}{name} was not found" for name in missing for base in ("", "the base ")}
         found = [problem for problem in self.estimate.problems if problem not in unread]
-        return (*(fault.why for fault in self.faults), *found, *self.inherited.problems)
+        unseen = [model.problem for model in self.models if model.fault is not None]
+        return (*unseen, *found, *self.inherited.problems)
 
     def error(self) -> MergeCoreError | WeftError | None:
         """What this check ends in: the first model that cannot be read, else that they do not go together."""
