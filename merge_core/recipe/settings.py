@@ -49,6 +49,14 @@ def evaluate(setting: Setting, tensor: str, depth: float) -> Value | None:
     return None
 
 
+def filters(*scopes: Settings) -> frozenset[str]:
+    """All texts that filters of these settings look for in the names of tensors."""
+    entries = [
+        entry for scope in scopes for value in scope.values() if isinstance(value, tuple) for entry in value
+    ]
+    return frozenset(e.filter for e in entries if isinstance(e, Conditional) and e.filter is not None)
+
+
 def _interpolate(gradient: tuple[float, ...], depth: float) -> float:
     """The value at `depth` (0 to 1) on the straight lines between evenly spaced points."""
     scaled = depth * (len(gradient) - 1)

@@ -15,7 +15,7 @@ import yaml
 from merge_core.errors import InvalidRecipe
 from merge_core.operators import find
 from merge_core.operators.base import Operator, Value
-from merge_core.recipe.settings import NOTHING, Settings, evaluate, write
+from merge_core.recipe.settings import NOTHING, Settings, evaluate, filters, write
 from merge_core.tokenizer import choice
 from merge_core.tokenizer.choice import TokenizerChoice
 
@@ -111,6 +111,11 @@ class Merge:
             return inputs if found or not self.is_whole else (*inputs, Input(model=base))
         rest = tuple(i for i in inputs if i is not found)
         return (found or Input(model=base), *rest)
+
+    def filters(self, part: Slice) -> frozenset[str]:
+        """What filters look for in the names of a slice's tensors; without it names do not matter."""
+        inputs = (i.parameters for i in part.inputs)
+        return filters(*inputs, part.parameters, self.module_parameters, self.parameters)
 
     def value(self, name: str, part: Slice, of: Input | None, tensor: str, depth: float) -> Value | None:
         """What is said of one setting for one tensor of a slice, its default included.
