@@ -25,6 +25,9 @@ from merge_core.execute import Material, leaf, run
 from merge_core.functional import result_files
 from merge_core.operators import COPY
 from merge_core.plan import CHUNK_ELEMENTS, MergePlan, Operand, Step, TensorPlan
+from merge_core.recipe import parse
+from merge_core.resolve import check, draft, header_of
+from merge_core.resolve.header import absent
 from merge_core.tokenizer import choice as choices
 from merge_core.tokenizer.resolve import config_changes, settle
 
@@ -439,3 +442,160 @@ def test_a_model_without_the_tensor_is_refused(world: World, train: Train) -> No
     )
     with pytest.raises(CorruptCheckpoint, match="source 1 of the plan has no other"):
         world.merge(MergePlan(inputs=plan.inputs, steps=(replace(step, tensors=tensors),)))
+
+
+# -- from recipes --------------------------------------------------------------------------------------------
+
+LAYER = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@pytest.fixture
+def model(save: Callable[..., Path], weights: Callable[..., torch.Tensor], train: Train):  # type: ignore[no-untyped-def]
+    """`model("math", CODE)`: a Llama of two layers with a tokenizer that was trained on a text."""
+
+    def make(name: str, text: str, *added: str, tied: bool = False, **options: Any) -> Path:
+        files = train("BPE", text, 60, "<s>", added=added, **options)
+        count = Tokenizer.from_str(files["tokenizer.json"].decode()).get_vocab_size()
+        shapes = {EMBED: (count, WIDTH), NORM: (WIDTH,)} | ({} if tied else {HEAD: (count, WIDTH)})
+        for layer in range(2):
+            shapes |= {f"model.layers.{layer}.{part}.weight": (WIDTH, WIDTH) for part in LAYER}
+            shapes |= {f"model.layers.{layer}.{part}.weight": (WIDTH,) for part in NORMS}
+        tensors = {n: weights(f"{name} {n}", *shape, dtype=torch.bfloat16) for n, shape in shapes.items()}
+        sizes = {"vocab_size": count, "intermediate_size": WIDTH, "num_hidden_layers": 2}
+        path = save(name, tensors, **sizes, num_key_value_heads=2, tie_word_embeddings=tied)
+        for file, data in files.items():
+            (path / file).write_bytes(data)
+        return path
+
+    return make
+
+
+def merged(text: str, folder: Path, **paths: Path) -> tuple[MergePlan, Path]:
+    """Plan a recipe over models by name, run it, and finish the directory."""
+    wanted = parse(text)
+    with ExitStack() as stack:
+        opened = {m: stack.enter_context(Checkpoint.open(paths[m])) for m in wanted.models}
+        measured = {m: measure(checkpoint) for m, checkpoint in opened.items()}
+        drafted = draft(wanted, {m: header_of(checkpoint) for m, checkpoint in opened.items()})
+        plan = drafted.seal({m: found.manifest.model_id for m, found in measured.items()})
+        assert MergePlan.parse(plan.to_bytes()) == plan
+        inputs = [
+            Material(tensors=VerifiedSource(opened[m], measured[m].leaves), files=opened[m].functional_files)
+            for m in wanted.models
+        ]
+        run(plan, inputs, folder / "made", journal=folder / "made.journal")
+        with CheckpointWriter.create(folder / "made", plan.layout) as writer:
+            for file, data in result_files(plan, [material.files for material in inputs]).items():
+                writer.add_file(file, data)
+            writer.commit()
+    return plan, folder / "made"
+
+
+def test_a_recipe_with_a_union_makes_a_model_that_speaks(model: Callable[..., Path], tmp_path: Path) -> None:
+    base, math = model("base", ENGLISH, chat_template="{{ 'hello' }}"), model("math", CODE, "<call>")
+    plan, path = merged(
+        "merge_method: linear\nbase_model: base\nslices:\n"
+        "- sources:\n"
+        "  - {model: base, layer_range: [0, 2], parameters: {weight: [0.25, 0.75]}}\n"
+        "  - {model: math, layer_range: [0, 2], parameters: "
+        "{weight: [{filter: mlp, value: 0.5}, {value: 1}]}}\n"
+        "dtype: bfloat16\nchat_template: auto\n"
+        "tokenizer: {source: union, pad_to_multiple_of: 8, tokens: {<new>: {source: {kind: zero}}}}\n",
+        tmp_path,
+        base=base,
+        math=math,
+    )
+    tokens = plan.result.tokenizer
+    assert tokens is not None and tokens.tensors == (HEAD, EMBED) and tokens.rows % 8 == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    opened, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert opened.get_input_embeddings().num_embeddings == opened.config.vocab_size == tokens.rows
+    assert {"<new>", "<call>"} <= tokenizer.get_vocab().keys()
+    assert tokenizer.chat_template == "{{ 'hello' }}" == (path / "chat_template.jinja").read_text()
+    ids = tokenizer("the cat <call> sat", return_tensors="pt").input_ids
+    assert torch.isfinite(opened(ids).logits).all()
+    left, right = (load_file(p / "model.safetensors")[EMBED].float() for p in (base, math))
+    (mine, theirs) = (tokens_of(p).get("the") for p in (base, math))
+    assert mine is not None and theirs is None
+    row = load_file(path / "model.safetensors")[EMBED].float()[tokenizer.get_vocab()["the"]]
+    assert torch.equal(row, left[mine].bfloat16().float()), "both take the base's row, and weights sum to one"
+    assert not torch.equal(left[mine], right[mine])
+
+
+def test_the_tokens_of_a_merge_within_a_recipe_are_those_of_its_result(
+    model: Callable[..., Path], tmp_path: Path
+) -> None:
+    paths = {"a": model("a", ENGLISH), "b": model("b", CODE, "<call>"), "c": model("c", OTHER, "<graze>")}
+    plan, path = merged(
+        "name: both\nmerge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, "
+        "{model: b, parameters: {weight: 1}}]\ntokenizer_source: union\n---\n"
+        "merge_method: linear\nmodels: [{model: both, parameters: {weight: 1}}, "
+        "{model: c, parameters: {weight: 1}}]\ntokenizer_source: union\n",
+        tmp_path,
+        **paths,
+    )
+    union = set().union(*(tokens_of(p).keys() for p in paths.values()))
+    assert tokens_of(path).keys() == union and len(rows_of(path)) == len(union)
+    assert [step.tokenizer is not None for step in plan.steps] == [True, True]
+    own, row = tokens_of(paths["c"])["<graze>"], rows_of(path)[tokens_of(path)["<graze>"]]
+    np.testing.assert_array_equal(row, rows_of(paths["c"])[own])
+
+
+def test_tied_embeddings_stay_tied(model: Callable[..., Path], tmp_path: Path) -> None:
+    paths = {"a": model("a", ENGLISH, tied=True), "b": model("b", CODE, tied=True)}
+    recipe = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+    plan, path = merged(recipe + "tokenizer_source: union\n", tmp_path, **paths)
+    assert plan.result.tokenizer is not None and plan.result.tokenizer.tensors == (EMBED,)
+    from transformers import AutoModelForCausalLM
+
+    opened = AutoModelForCausalLM.from_pretrained(path)
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+
+
+def problems(text: str, **paths: Path) -> tuple[str, ...]:
+    """What stands against a recipe."""
+    with ExitStack() as stack:
+        opened = {m: stack.enter_context(Checkpoint.open(p)) for m, p in paths.items()}
+        return check(parse(text), {m: header_of(checkpoint) for m, checkpoint in opened.items()}).problems
+
+
+def test_what_stands_against_tokens_is_said_before_the_merge(model: Callable[..., Path]) -> None:
+    a, b = model("a", ENGLISH), model("b", CODE)
+    both = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+    assert problems(both + "tokenizer_source: union\n", a=a, b=b) == ()
+    assert "c is not one of the models" in problems(both + "tokenizer_source: c\n", a=a, b=b)[0]
+    stacked = (
+        "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 1]}]\n"
+        "- sources: [{model: b, layer_range: [1, 2]}]\n"
+    )
+    rule = "tokenizer: {source: union, tokens: {<x>: {source: {kind: model_token, model: b, token_id: 1}}}}\n"
+    assert "not made of the same models" in problems(stacked + rule, a=a, b=b)[0]
+    (b / "tokenizer.json").unlink()
+    assert (
+        problems(both + "tokenizer_source: union\n", a=a, b=b)[0] == "b: it has no tokenizer that can be read"
+    )
+
+
+def test_a_config_that_counts_other_rows_than_there_are_is_said(model: Callable[..., Path]) -> None:
+    a, b = model("a", ENGLISH), model("b", ENGLISH)
+    config = json.loads((b / "config.json").read_text())
+    (b / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    recipe = "merge_method: linear\nparameters: {weight: 1}\ntokenizer_source: base\nmodels: [{model: b}]\n"
+    assert "no tensor has a row for each token" in problems(recipe, b=b)[0]
+    recipe = recipe.replace("[{model: b}]", "[{model: a}, {model: b}]")
+    assert problems(recipe, a=a, b=b) == tuple(
+        f"{name} of b has no row for each token, as {name} has" for name in (HEAD, EMBED)
+    )
+
+
+def test_a_model_whose_tokenizer_is_elsewhere_is_named(model: Callable[..., Path]) -> None:
+    wanted = parse(
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ntokenizer_source: base\n"
+    )
+    with Checkpoint.open(model("a", ENGLISH)) as checkpoint:
+        header = replace(header_of(checkpoint), contents=absent)
+    assert check(wanted, {"a": header}).problems == ("a: its tokenizer is not here yet",)
+    plain = parse("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    assert check(plain, {"a": header}).problems == ()
