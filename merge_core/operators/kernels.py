@@ -121,11 +121,10 @@ def agree(rows: Any, factors: Any, weights: Any, normalize: bool, out: Any) -> N
                 elected[i] = elected[i] + row[i]
         for k in range(experts):
             row, factor, weight = rows[k, start : start + size], factors[k], weights[k]
-            erased = np.float32(0.0) * factor
             for i in range(size):
                 positive = elected[i] >= 0
                 agrees = ((row[i] > 0) & positive) | ((row[i] < 0) & (not positive))
-                total[i] = total[i] + row[i] * (factor if agrees else erased)
+                total[i] = total[i] + row[i] * (factor if agrees else np.float32(0.0))
                 divisor[i] = divisor[i] + (weight if agrees else np.float32(0.0))
         if normalize:
             for i in range(size):

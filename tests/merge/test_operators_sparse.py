@@ -521,10 +521,13 @@ def test_the_kernel_is_the_formula_on_strange_numbers(name: str, norm: bool, dat
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_chunks_do_not_show_in_the_bits(name: str, weights: Callable[..., torch.Tensor]) -> None:
+@pytest.mark.parametrize("norm", [False, True])
+def test_chunks_do_not_show_in_the_bits(name: str, norm: bool, weights: Callable[..., torch.Tensor]) -> None:
     inputs = trio(weights, 49_000)
+    flag = {"rescale_l1" if name in CHANCE else "rescale": True} if norm else {}
     results = [
-        merged(name, inputs, chunk=chunk, row=700, **SETTINGS[name]) for chunk in (4096, 12_288, 65_536)
+        merged(name, inputs, chunk=chunk, row=700, **(SETTINGS[name] | flag))
+        for chunk in (4096, 12_288, 65_536)
     ]
     assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
     assert not np.array_equal(results[0], inputs[0])
