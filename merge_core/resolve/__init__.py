@@ -9,6 +9,7 @@ the donor (the base, else the first model), or of the slices that lie on each ot
 
 header     what is known of a model without its weights
 stack      its tensors, layer by layer
+sites      which tensors of which models belong together
 head       whether the head is tied to the embedding
 layers     what a config says of layers that are chosen anew
 tokens     what its tokens are, where the recipe chooses them

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from merge_core.checkpoint import dtypes
-from merge_core.checkpoint.layout import around_layer
-from merge_core.checkpoint.manifest import MAX_TENSORS
 from merge_core.checkpoint.reader import architecture_of
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.config_keys import NESTED, dropped
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.operators import COPY
-from merge_core.operators.base import Operator, Value
+from merge_core.operators.base import Value
 from merge_core.operators.passthrough import PASSTHROUGH
 from merge_core.plan import Operand, Step, TensorPlan
-from merge_core.recipe import Input, Merge, Slice
+from merge_core.recipe import Merge
 from merge_core.resolve.head import TIE, head_of
 from merge_core.resolve.header import ModelHeader
 from merge_core.resolve.layers import Chosen, changes
+from merge_core.resolve.sites import Site, Sites
 from merge_core.resolve.stack import Stack, stack_of
 from merge_core.resolve.tokens import Tokens, tokens_of
 from merge_core.tokenizer.templates import written_out
@@ -30,31 +29,6 @@ from merge_core.tokenizer.union import Files
 _MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "hidden_act")
 _SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_eps")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """A slice, its operator, its operands in order, and which of them says what tensors there are.
-
-    `resolved` keeps the parameters by depth and by what `filters` find in the names.
-    """
-
-    slice: Slice
-    operator: Operator
-    operands: tuple[Input, ...]
-    leader: int
-    filters: tuple[str, ...]
-    resolved: dict[tuple[float, tuple[bool, ...]], dict[str, Value]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Site:
-    """A tensor of the output, how deep in its slice (0 to 1), and what filters call it at each operand."""
-
-    name: str
-    part: _Part
-    depth: float
-    names: tuple[str, ...]
 
 
 class Merging:
@@ -94,11 +68,13 @@ class Merging:
             self.warnings.append(f"config keys of {self._merge.donor} that are not kept: {', '.join(lost)}")
         self._tie()
         self._read_tokenizers()
-        parts = [self._part(part) for part in self._merge.slices]
-        found = self._whole(parts[0]) if self._merge.is_whole else self._sliced(parts)
-        sites = sorted(found, key=lambda site: site.name)
-        for site in sites:
+        sites = Sites(self._merge, self._stacks, self.problems.append)
+        for site in sites.find():
             self._resolve(site)
+        if sites.layers:
+            chosen = [self._chosen(model, number) for model, number in sites.layers]
+            donor = self._chosen(self._merge.donor, 0)
+            self._config |= changes(donor, chosen, self.problems.append, self.warnings.append)
         if not self.tensors and not self.problems:
             self.problems.append(f"{self._merge.donor} has no tensors")
         if self._tokens is not None and not self.problems:
@@ -163,6 +139,10 @@ class Merging:
         elif self._donor.config.get(TIE) is not False:
             self._config[TIE] = False
 
+    def _chosen(self, model: str, number: int) -> Chosen:
+        config, count = self._headers[model].config, self._stacks[model].count
+        return Chosen(model=model, config=config, count=count, number=number)
+
     def _read_tokenizers(self) -> None:
         """Settle which tokens and which chat template the output has, where the recipe says."""
         merge = self._merge
@@ -190,102 +170,7 @@ class Merging:
         has = head.is_stored and (model in head.embeddings or head.name in stack.after)
         return replace(stack, after=stack.after - {head.name} | ({head.name} if has else set()))
 
-    def _part(self, part: Slice) -> _Part:
-        operands = tuple(item for item in self._merge.operands(part) if item.model in self._headers)
-        base = self._merge.base_of(part)
-        leader = next((at for at, item in enumerate(operands) if item.model == base), 0)
-        return _Part(
-            slice=part,
-            operator=self._merge.operator(part),
-            operands=operands,
-            leader=leader,
-            filters=tuple(self._merge.filters(part)),
-        )
-
-    def _whole(self, part: _Part) -> Iterator[_Site]:
-        """The tensors of whole models."""
-        layers = self._stacks[part.operands[part.leader].model].count
-        named = [self._stacks[item.model].names for item in part.operands]
-        for name in self._of_all(part, named):
-            found = around_layer(name)
-            # What lies outside of the layers counts as the first of them, the head too: so does mergekit.
-            depth = 0.0 if found is None else min(found[1] / (layers - 1), 1.0) if layers > 1 else 1.0
-            yield _Site(name=name, part=part, depth=depth, names=(name,) * len(part.operands))
-
-    def _sliced(self, parts: Sequence[_Part]) -> list[_Site]:
-        """The tensors of slices: the first has those before the layers, the last those after them."""
-        misfits = [item for part in parts for item in part.operands if not self._fits(item)]
-        if misfits:
-            return []
-        first, last = parts[0], parts[-1]
-        before = self._of_all(first, [self._stacks[item.model].before for item in first.operands])
-        after = self._of_all(last, [self._stacks[item.model].after for item in last.operands])
-        sites = [
-            _Site(name=name, part=part, depth=0.0, names=(name,) * len(part.operands))
-            for part, names in ((first, before), (last, after))
-            for name in names
-        ]
-        chosen: list[Chosen] = []
-        for part in parts:
-            start, end = part.operands[0].layers or (0, 0)
-            for offset in range(end - start):
-                depth = offset / (end - start - 1) if end - start > 1 else 1.0
-                sites += self._layer(part, offset, depth, len(chosen))
-                chosen.append(self._chosen(part.operands[part.leader], offset))
-                if len(sites) > MAX_TENSORS:
-                    self.problems.append(f"the slices have more than {MAX_TENSORS} tensors together")
-                    return []
-        donor = self._chosen(Input(model=self._merge.donor), 0)
-        self._config |= changes(donor, chosen, self.problems.append, self.warnings.append)
-        return sites
-
-    def _fits(self, item: Input) -> bool:
-        """Whether a source has the layers that are taken of it, in one stack named as the donor's."""
-        stack, donor = self._stacks[item.model], self._stacks[self._merge.donor]
-        first, end = item.layers or (0, 0)
-        problem = None
-        if len(stack.prefixes) != 1 or stack.prefixes != donor.prefixes:
-            called = ", ".join(sorted(f"{prefix}N" for prefix in stack.prefixes)) or "nothing"
-            problem = f"{item.model} has layers called {called}: slices need one stack, named as the others'"
-        elif max(stack.layers) >= stack.count:
-            problem = f"{item.model} has layers beyond its {stack.count}, which no slice can place"
-        elif end > len(stack.layers):
-            problem = f"{item.model} has {len(stack.layers)} layers: there is no layer_range [{first}, {end}]"
-        if problem is not None and problem not in self.problems:
-            self.problems.append(problem)
-        return problem is None
-
-    def _chosen(self, item: Input, offset: int) -> Chosen:
-        first, _ = item.layers or (0, 0)
-        config, count = self._headers[item.model].config, self._stacks[item.model].count
-        return Chosen(model=item.model, config=config, count=count, number=first + offset)
-
-    def _layer(self, part: _Part, offset: int, depth: float, number: int) -> Iterator[_Site]:
-        """The tensors of one layer of a slice, which becomes layer `number` of the output."""
-        layers = [item.layers[0] + offset for item in part.operands if item.layers]
-        members = [
-            self._stacks[item.model].layers.get(layer, {})
-            for item, layer in zip(part.operands, layers, strict=True)
-        ]
-        for item, mine in zip(part.operands, members, strict=True):
-            self._tell_extra(part, item, (mine[m] for m in mine.keys() - members[part.leader].keys()))
-        for head, tail in members[part.leader]:
-            names = tuple(f"{head}{layer}{tail}" for layer in layers)
-            yield _Site(name=f"{head}{number}{tail}", part=part, depth=depth, names=names)
-
-    def _of_all(self, part: _Part, named: Sequence[frozenset[str]]) -> frozenset[str]:
-        """The names that the leader of a slice has; those that only others have are problems."""
-        for item, names in zip(part.operands, named, strict=True):
-            self._tell_extra(part, item, names - named[part.leader])
-        return named[part.leader]
-
-    def _tell_extra(self, part: _Part, item: Input, names: Iterable[str]) -> None:
-        leader = part.operands[part.leader].model
-        self.problems += [
-            f"{item.model} has the tensor {name}, which {leader} lacks" for name in sorted(names)
-        ]
-
-    def _resolve(self, site: _Site) -> None:
+    def _resolve(self, site: Site) -> None:
         """Plan one tensor, or say why it cannot be merged."""
         part = site.part
         stored = [self._stored(i.model, n) for i, n in zip(part.operands, site.names, strict=True)]
@@ -322,7 +207,7 @@ class Merging:
             return self._head.embeddings[model]
         return name if name in self._headers[model].tensors else None
 
-    def _info(self, site: _Site, model: str, name: str) -> TensorInfo:
+    def _info(self, site: Site, model: str, name: str) -> TensorInfo:
         """The type and shape of an operand, with the rows of the output where it has one for each token."""
         info = self._headers[model].tensors[name]
         if self._tokens is None or name not in self._tokens.by_model[model]:
@@ -330,14 +215,14 @@ class Merging:
         self._with_rows.add(site.name)
         return replace(info, shape=(self._tokens.settled.rows, *info.shape[1:]))
 
-    def _tell_missing(self, site: _Site, stored: Sequence[str | None]) -> None:
+    def _tell_missing(self, site: Site, stored: Sequence[str | None]) -> None:
         leader = site.part.leader
         has = "" if stored[leader] is None else f", which {site.part.operands[leader].model} has"
         for item, name, found in zip(site.part.operands, site.names, stored, strict=True):
             if found is None:
                 self.problems.append(f"{item.model} lacks the tensor {name}{has}")
 
-    def _plan(self, site: _Site, operands: Sequence[tuple[str, str]], infos: Sequence[TensorInfo]) -> None:
+    def _plan(self, site: Site, operands: Sequence[tuple[str, str]], infos: Sequence[TensorInfo]) -> None:
         operator, leader = site.part.operator, site.part.leader
         parameters = self._parameters(site)
         if parameters is None:
@@ -357,7 +242,7 @@ class Merging:
             )
         )
 
-    def _parameters(self, site: _Site) -> dict[str, Value] | None:
+    def _parameters(self, site: Site) -> dict[str, Value] | None:
         """Every parameter of a tensor; None, and a problem, where one is open or they do not fit."""
         part = site.part
         found = tuple(text in name for name in (site.name, *site.names) for text in part.filters)
@@ -368,7 +253,7 @@ class Merging:
             part.resolved[site.depth, found] = parameters
         return part.resolved[site.depth, found]
 
-    def _resolved(self, site: _Site) -> dict[str, Value] | None:
+    def _resolved(self, site: Site) -> dict[str, Value] | None:
         part, merge = site.part, self._merge
         experts = list(zip(part.operands, site.names, strict=True))[part.operator.needs_base :]
         parameters: dict[str, Value] = {}
@@ -389,7 +274,7 @@ class Merging:
             return None
         return parameters
 
-    def _copy(self, site: _Site, operand: tuple[str, str], info: TensorInfo) -> None:
+    def _copy(self, site: Site, operand: tuple[str, str], info: TensorInfo) -> None:
         model, name = operand
         self.tensors.append(
             TensorPlan(
