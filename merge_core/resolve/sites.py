@@ -105,7 +105,7 @@ class Sites:
         return sites
 
     def _misfit(self, item: Input) -> str | None:
-        """Why the layers cannot be taken that a source names: they are not there, or not as the donor's are."""
+        """Why the layers that a source names cannot be taken: they are not there, or not as the donor's."""
         stack, donor = self._stacks[item.model], self._stacks[self._merge.donor]
         first, end = item.layers or (0, 0)
         if len(stack.prefixes) != 1 or stack.prefixes != donor.prefixes:
