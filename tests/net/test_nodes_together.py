@@ -43,6 +43,7 @@ LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,
     "num_hidden_layers": 1,
+    "vocab_size": 64,
 }
 
 
@@ -66,7 +67,7 @@ def until(ask: Callable[[], T]) -> T:
 
 
 def write_expert(directory: Path, seed: int, *, licence: str = "apache-2.0", rows: int = 300_000) -> Path:
-    """Three tensors in two dtypes (one of them of several leaves), config and a card."""
+    """Three tensors in two dtypes (one of them of several leaves), config, words in an order, and a card."""
     directory.mkdir(parents=True)
     draw = np.random.default_rng(seed)
     tensors = {
@@ -76,6 +77,8 @@ def write_expert(directory: Path, seed: int, *, licence: str = "apache-2.0", row
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(LLAMA))
+    words = {f"w{word}": row for row, word in enumerate(draw.permutation(70)[:64].tolist())}
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": words}}))
     (directory / "README.md").write_text(CARD.format(licence=licence))
     return directory
 
@@ -249,6 +252,21 @@ def test_a_merge_gives_the_same_model_from_peers_from_paths_and_elsewhere(
     assert len({path.read_bytes() for path in made}) == 1
 
 
+def test_the_tokenizers_of_peers_are_read_to_plan_a_merge_of_all_their_tokens(
+    world: World, carol: Node, tmp_path: Path
+) -> None:
+    carol.knows("base", "math", "code")
+    union = "tokenizer_source: union\n"
+    elsewhere = carol.merge(recipe() + union, tmp_path / "elsewhere")
+    here = merge_alone(tmp_path, recipe(**world.models) + union)
+    assert here["model_id"] == elsewhere["model_id"]
+    config = json.loads((Path(here["directory"]) / "config.json").read_text())
+    words = [
+        json.loads((path / "tokenizer.json").read_text())["model"]["vocab"] for path in world.models.values()
+    ]
+    assert 64 < config["vocab_size"] <= len(set().union(*words))
+
+
 def test_a_merge_from_peers_tells_who_agreed_and_who_sent_what(world: World, merged: Data) -> None:
     found = world.bob.search()
     bought = [model for item in merged["agreements"] for model in item["models"]]
@@ -271,7 +289,8 @@ def test_what_was_fetched_for_a_merge_is_not_passed_on(world: World, merged: Dat
     assert world.bob.peer_id not in seen["math"]["holders"]
     assert seen["merged"]["holders"] == [world.bob.peer_id]
     assert seen["merged"]["model_id"] == merged["model_id"]
-    assert seen["merged"]["licence"] == "Apache-2.0 AND MIT"
+    assert seen["merged"]["licence"] == merged["licence"] == "Apache-2.0"  # of Apache-2.0 and MIT
+    assert merged["report"]["measured"] == 3 and merged["report"]["lines"][1] == "nothing stands out"
 
 
 def test_a_third_node_audits_the_merge_and_leaves_a_claim(world: World, carol: Node, merged: Data) -> None:
