@@ -98,7 +98,15 @@ def refuse_undownloaded(recipe: Recipe, folder: Path) -> None:
 
 
 def absolute(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with every local directory spelled absolutely, as another process can read it."""
+    """The recipe with every local directory spelled absolutely, as another process can read it.
+
+    Raises InvalidRecipe where one of its merges is called as a directory here: which one is meant?
+    """
+    for name in sorted(recipe.names):
+        if (folder / name).is_dir():
+            raise InvalidRecipe(
+                f"{name} is a merge of this recipe and a directory here", hint="give the merge another name"
+            )
     return rename(recipe, _absolute_names(recipe, folder))
 
 
