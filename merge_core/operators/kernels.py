@@ -140,33 +140,36 @@ def delta_magnitude(x: Any, base: Any, out: Any) -> None:
 
 @kernel
 def count_upper(bits: Any, counts: Any) -> Any:
-    """Count 32 bit patterns by their upper 16 bits; how many are zero as a whole."""
+    """Count 32 bit patterns by their upper 16 bits but the sign; how many are zero as a whole.
+
+    A NaN can have a sign though what is compared has none.
+    """
     zeros = 0
     for i in range(bits.size):
-        counts[bits[i] >> np.uint32(16)] += 1
+        counts[bits[i] >> np.uint32(16) & np.uint32(0x7FFF)] += 1
         zeros += bits[i] == np.uint32(0)
     return zeros
 
 
 @kernel
 def count_lower(bits: Any, upper: Any, counts: Any) -> None:
-    """Count 32 bit patterns whose upper 16 bits are `upper` by their lower 16."""
+    """Count 32 bit patterns whose upper 16 bits but the sign are `upper` by their lower 16."""
     for i in range(bits.size):
-        if bits[i] >> np.uint32(16) == upper:
+        if bits[i] >> np.uint32(16) & np.uint32(0x7FFF) == upper:
             counts[bits[i] & np.uint32(0xFFFF)] += 1
 
 
 @kernel
 def equal_to(bits: Any, pattern: Any) -> Any:
-    """The indices, ascending, at which 32 bit patterns are `pattern`."""
+    """The indices, ascending, at which 32 bit patterns are `pattern`, but for the sign."""
     count = 0
     for i in range(bits.size):
-        count += bits[i] == pattern
+        count += bits[i] & np.uint32(0x7FFFFFFF) == pattern
     found = np.empty(count, np.int64)
     at = 0
     if count:
         for i in range(bits.size):
-            if bits[i] == pattern:
+            if bits[i] & np.uint32(0x7FFFFFFF) == pattern:
                 found[at] = i
                 at += 1
     return found

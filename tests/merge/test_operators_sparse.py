@@ -380,6 +380,16 @@ def test_a_cut_is_counted_once_for_two_that_compare_the_same() -> None:
     assert uppers(stream, [magnitudes])[magnitudes].zeros == 1
 
 
+def test_the_sign_of_a_nan_is_not_counted() -> None:
+    bits = np.array([0xFFC00001, 0x7FC00001, 0x00000000, 0xFF800000], np.uint32)
+    counted, lower = np.zeros(1 << 15, np.int32), np.zeros(1 << 16, np.int32)
+    assert kernels.count_upper(bits, counted) == 1
+    kernels.count_lower(bits, np.uint32(0x7FC0), lower)
+    assert {int(at): int(counted[at]) for at in np.flatnonzero(counted)} == {0: 1, 0x7F80: 1, 0x7FC0: 2}
+    assert {int(at): int(lower[at]) for at in np.flatnonzero(lower)} == {1: 2}
+    assert kernels.equal_to(bits, np.uint32(0x7FC00001)).tolist() == [0, 1]
+
+
 def test_a_trace_that_is_no_magnitude_is_refused() -> None:
     chunk = Held([np.zeros(2, np.float32)], 4096, 2, False).at(0, 2)
     for threshold in (-1, 1 << 31):
@@ -600,7 +610,7 @@ def test_damage_in_an_input_shows_though_the_element_is_dropped(
     inputs[operand] = inputs[operand].copy()
     inputs[operand][::2] = damage
     if name == "sce":
-        with pytest.raises(Unmergeable):
+        with pytest.raises(Unmergeable, match="NaN or infinity"):
             merged(name, inputs, **SETTINGS[name])
         return
     few = {} if name == "task_arithmetic" else {"density": 0.25}
