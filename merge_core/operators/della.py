@@ -66,7 +66,8 @@ def _apply(vector: TaskVector) -> Tensor:
     if (factor := _keeps_all_or_nothing(vector)) is not None:
         return delta * factor
     below, scale = _tables(vector)
-    limit_of, scale_of = from_numpy(below.astype(np.int64)), from_numpy(scale)
+    limit_of = from_numpy(below.astype(np.int64)).to(delta.device)
+    scale_of = from_numpy(scale).to(delta.device)
     rows = delta.reshape(-1, chunk.row)
     bits = rows.abs().view(int32).clamp(max=_LARGEST)
     rank = bits.argsort(dim=1, stable=True).argsort(dim=1)
