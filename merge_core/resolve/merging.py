@@ -131,7 +131,7 @@ class Merging:
             return
         tied = ", ".join(self._head.embeddings)
         self.warnings.append(
-            f"{self._head.name} is stored, for not all models tie it: the embedding of {tied} stands in for it"
+            f"{self._head.name} is stored, for not all tie it: the embedding of {tied} stands in for it"
         )
         nested = self._donor.config.get(NESTED)
         if TIE not in self._donor.config and isinstance(nested, Mapping) and TIE in nested:

@@ -269,7 +269,7 @@ def test_one_model_that_stores_its_head_makes_the_others_give_their_embedding(
     assert output_config(a.config, plan.result)["tie_word_embeddings"] is False
     (warning,) = check(parse(LINEAR), {"a": a, "b": b}).warnings
     assert warning == (
-        "lm_head.weight is stored, for not all models tie it: "
+        "lm_head.weight is stored, for not all tie it: "
         f"the embedding of {'a' if donor else 'b'} stands in for it"
     )
 

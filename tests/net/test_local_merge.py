@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from merge_core import plan, recipe
+from merge_core import recipe, resolve
 from merge_core.checkpoint.published import RECORD_FILES
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.checkpoint.writer import CheckpointWriter
@@ -202,13 +202,13 @@ def test_a_recipe_is_resolved_once_and_not_on_the_event_loop(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolved: list[int] = []
-    walk = plan._Resolution.run
+    walk = resolve.merging.Merging.run
 
     def run(self: Any) -> None:
         resolved.append(threading.get_ident())
         walk(self)
 
-    monkeypatch.setattr(plan._Resolution, "run", run)
+    monkeypatch.setattr(resolve.merging.Merging, "run", run)
     parents = LocalParents(HashCache(None), KnownPlaces(tmp_path / "known", lambda _: None), models)
     linear = recipe.parse(LINEAR.replace("WEIGHT", "1.0"))
     planned = asyncio.run(Merging(parents, None, clock=lambda: 1.8e9).plan(linear))
