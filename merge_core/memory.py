@@ -26,7 +26,7 @@ _THREAD = 24 << 20
 """What a thread holds whatever it works on: histograms, and what the allocator keeps for it."""
 _TENSOR = 4 << 10
 """Names, digests and parameters of one tensor."""
-_TOKENS = 192 << 20
+_TOKENS = 224 << 20
 """Tokenizers of some 150,000 tokens while they are read, and the leaves that rows are gathered from."""
 
 

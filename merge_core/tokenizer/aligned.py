@@ -26,9 +26,9 @@ from merge_core.tokenizer.plan import MAX_WIDTH
 from merge_core.tokenizer.rows import AVERAGE, NO_TOKEN, ZERO, Index, Owner, Rows, map_rows
 from merge_core.tokenizer.union import Files, Tokenizers
 
-_LEAVES = 32
+_LEAVES = 64
 """Leaves of the models that are kept."""
-_BLOCK = 256
+_BLOCK = 32
 """Rows that are summed by halves; a power of two."""
 
 Raw = NDArray[np.uint8]
@@ -135,6 +135,8 @@ class _Aligned:
         """Rows of a view as float32; those of no token only when `padded`."""
         rows = self._map()
         origin, row = rows.taken(operand, first, stop)
+        if origin[0] >= 0 and (origin == origin[0]).all():
+            return self._widened(int(origin[0]), row)
         out = np.zeros((stop - first, self._width(operand)), np.float32)
         for taken in self._from_models(origin):
             where = np.flatnonzero(origin == taken)
@@ -172,14 +174,15 @@ class _Aligned:
     def _widened(self, operand: int, rows: Index) -> Floats:
         """Rows of an operand as float32."""
         dtype = self._stored[operand].dtype
-        raw = np.zeros((len(rows), self._row_bytes(operand)), np.uint8)
+        raw = np.empty((len(rows), self._row_bytes(operand)), np.uint8)
         self._gather(operand, rows, np.arange(len(rows)), raw)
         stored = convert.elements(raw.reshape(-1).data, dtype)
         out = np.empty(len(stored), np.float32)
         return convert.widen(stored, dtype, out).reshape(len(rows), self._width(operand))
 
     def _gather(self, operand: int, rows: Index, where: Index, out: Raw) -> None:
-        """Copy `rows[where]` of an operand into `out[where]`, runs at once."""
+        """Copy `rows[where]` of an operand into `out[where]`, runs at once, in the operand's order."""
+        where = where[np.argsort(rows[where], kind="stable")]
         size = self._row_bytes(operand)
         flat = out.reshape(-1).data
         for start, stop in _runs(rows[where], where):
