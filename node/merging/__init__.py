@@ -8,6 +8,10 @@ canvass     asking many peers at once, and not for long
 acquire     bringing models here: agree, fetch, shelve
 private     what a job fetched for itself alone
 references  what a recipe's `model:` may say
+hub         the Hugging Face cache on this machine
+check       what stands against a merge, and what it takes, from headers alone
+how         threads, memory, a text to predict: what does not change the result
+inherited   the licence of a merge
 card        what a merged model says to people
 local       a merge or an audit in the foreground, without a node
 audit       the job that re-executes a merge

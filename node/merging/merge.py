@@ -55,6 +55,9 @@ from node.merging.parents import Obtained, OnDisk, Parent, ParentSource
 from node.provenance.attest import Merge, Terms, attest, record
 from node.worker import process
 
+_RUNNING = 3
+"""What a model takes of memory while it runs in float32, in the bytes of its weights: few are stored so."""
+
 Publish = Callable[[Path, str, str], Awaitable[None]]
 """Shares (directory, name, licence) with the network."""
 
@@ -168,7 +171,7 @@ class Merging:
         files = await asyncio.to_thread(_functional, planned.plan, inputs)
         if how.perplexity:
             await asyncio.to_thread(_lay_beside, target, planned.plan, files)
-            found = await _predicted(attempt, planned, inputs, target, found, how.perplexity)
+            found = await _predicted(attempt, planned, inputs, target, found, how)
         files |= card.files(
             planned.recipe,
             planned.plan,
@@ -248,7 +251,7 @@ async def _predicted(
     inputs: Sequence[OnDisk],
     target: Path,
     found: Report,
-    text: str,
+    how: How,
 ) -> Report:
     """The report with how well the result and its parents predict a text, or why nobody knows.
 
@@ -258,7 +261,11 @@ async def _predicted(
     models += [
         [parent.label, str(item.directory)] for parent, item in zip(planned.parents, inputs, strict=True)
     ]
-    request = {"text": text, "models": models}
+    largest = max(sum(info.length for info in parent.header.tensors.values()) for parent in planned.parents)
+    if how.max_memory and _RUNNING * largest > how.max_memory:
+        why = f"running a model takes {_RUNNING * largest >> 20} MiB, more than a merge may take here"
+        return replace(found, text=f"not measured: {why}")
+    request = {"text": how.perplexity, "models": models}
     try:
         answer = await process.run("perplexity", request, on_event=teller(attempt))
     except (MergeCoreError, WeftError) as error:

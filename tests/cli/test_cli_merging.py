@@ -338,6 +338,15 @@ def test_a_merge_is_not_lost_for_want_of_a_figure(weft, workplace: Path) -> None
     assert "no tokenizer.json" in _card(workplace / "out")
 
 
+def test_no_model_is_run_that_takes_more_memory_than_the_merge_may(
+    weft, llamas: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.merging.merge._RUNNING", 1 << 20)
+    words = ("merge", "recipe.yml", "-o", "out", "--perplexity", "text", "--max-memory", "1GB", "--json")
+    report = weft(*words).data["report"]
+    assert report["readings"] == [] and "not measured: running a model takes" in report["text"]
+
+
 @pytest.mark.parametrize("data", [None, b"", b"\xff\xfe", b"x" * ((1 << 20) + 1)])
 def test_a_text_that_is_none_is_refused_before_the_work(data: bytes | None, weft, workplace: Path) -> None:
     if data is not None:

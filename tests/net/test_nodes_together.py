@@ -293,6 +293,19 @@ def test_what_was_fetched_for_a_merge_is_not_passed_on(world: World, merged: Dat
     assert merged["report"]["measured"] == 3 and merged["report"]["lines"][1] == "nothing stands out"
 
 
+def test_limits_and_texts_reach_the_node_that_merges(world: World, merged: Data) -> None:
+    target, text = world.folder / "limited", world.folder / "text"
+    text.write_text("abc")
+    wanted = recipe()
+    for how, code in (({"max_memory": 1 << 20}, 7), ({"threads": 1000}, 2), ({"perplexity": "text"}, 2)):
+        with pytest.raises(ControlError) as caught:
+            world.bob.merge(wanted, target, how=how)
+        assert caught.value.exit_code == code and not target.exists(), how
+    job = world.bob.merge(wanted, target, how={"threads": 1, "max_memory": 1 << 30, "perplexity": str(text)})
+    assert job["model_id"] == merged["model_id"]
+    assert job["report"]["text"].startswith("3 bytes of text, sha256:") and not job["report"]["readings"]
+
+
 def test_a_third_node_audits_the_merge_and_leaves_a_claim(world: World, carol: Node, merged: Data) -> None:
     carol.knows("merged", "base", "math", "code")
     job = carol.do(lambda node: node.start_audit(merged["model_id"]))
