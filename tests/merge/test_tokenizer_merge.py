@@ -599,3 +599,49 @@ def test_a_model_whose_tokenizer_is_elsewhere_is_named(model: Callable[..., Path
     assert check(wanted, {"a": header}).problems == ("a: its tokenizer is not here yet",)
     plain = parse("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
     assert check(plain, {"a": header}).problems == ()
+
+
+def test_a_union_begins_with_the_tokens_of_the_base_wherever_it_is_listed(
+    model: Callable[..., Path], tmp_path: Path
+) -> None:
+    paths = {"a": model("a", CODE), "b": model("b", ENGLISH, "<end>")}
+    recipe = (
+        "merge_method: linear\nbase_model: b\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+    )
+    _, path = merged(recipe + "tokenizer_source: union\n", tmp_path, **paths)
+    output, mine = tokens_of(path), tokens_of(paths["b"])
+    assert {token: output[token] for token in mine} == mine and len(output) > len(mine)
+
+
+BOTH = (
+    "name: both\nmerge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+    "tokenizer_source: union\n---\n"
+)
+
+
+def test_a_head_that_nobody_takes_leaves_the_tokens_of_its_step(
+    model: Callable[..., Path], tmp_path: Path
+) -> None:
+    paths = {"a": model("a", ENGLISH), "b": model("b", CODE)}
+    stacked = (
+        "merge_method: passthrough\nslices:\n- sources: [{model: both, layer_range: [0, 1]}]\n"
+        "- sources: [{model: a, layer_range: [1, 2]}]\ntokenizer_source: union\n"
+    )
+    plan, path = merged(BOTH + stacked, tmp_path, **paths)
+    assert [step.tokenizer and step.tokenizer.tensors for step in plan.steps] == [(EMBED,), (HEAD, EMBED)]
+    head, lost = (
+        rows_of(path, HEAD),
+        [tokens_of(path)[t] for t in tokens_of(path).keys() - tokens_of(paths["a"])],
+    )
+    assert lost and not head[lost].any() and rows_of(path)[lost].all(axis=1).any()
+
+
+def test_the_tokenizer_of_a_result_is_compared_with_those_it_meets(model: Callable[..., Path]) -> None:
+    paths = {"a": model("a", ENGLISH), "b": model("b", CODE)}
+    wanted = parse(
+        BOTH + "merge_method: linear\nmodels: [{model: both}, {model: a}]\nparameters: {weight: 1}\n"
+    )
+    with ExitStack() as stack:
+        opened = {m: stack.enter_context(Checkpoint.open(p)) for m, p in paths.items()}
+        found = check(wanted, {m: header_of(checkpoint) for m, checkpoint in opened.items()})
+    assert any("the tokenizer of a differs from that of both" in warning for warning in found.warnings)
