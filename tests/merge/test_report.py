@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from merge_core import execute
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
+from merge_core.checkpoint.writer import partial_path
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.operators import COPY
 from merge_core.plan import MergePlan, Operand, Step, TensorPlan
+from merge_core.recipe import parse
 from merge_core.report import MAX_TEXT, Extreme, Norms, Reading, Report, read_text, report
+from merge_core.resolve import draft, header_of
 
 NAMES = (
     "lm_head.weight",
@@ -155,3 +164,86 @@ def test_a_text_is_utf8_of_bounded_size(data: bytes, tmp_path: Path) -> None:
         read_text(tmp_path / "text")
     (tmp_path / "text").write_bytes("Ünïcödé\n".encode())
     assert read_text(tmp_path / "text") == "Ünïcödé\n"
+
+
+METHODS = {
+    "linear": "merge_method: linear\nmodels:\n",
+    "ties": "merge_method: ties\nbase_model: BASE\nparameters: {density: 0.5}\nmodels:\n",
+    "della": "merge_method: della\nbase_model: BASE\nparameters: {density: 0.5, epsilon: 0.1}\nmodels:\n",
+}
+
+
+@pytest.fixture
+def run(save: Callable[..., Path], weights: Callable[..., torch.Tensor], tmp_path: Path):  # type: ignore[no-untyped-def]
+    """`run("ties", norms)`: merge three models of which one tensor has several pieces, cut within rows."""
+    shapes = {"model.layers.0.w": (1100, 1003), "model.layers.1.w": (40, 9), "model.norm.weight": (7,)}
+    with ExitStack() as stack:
+
+        def merge(method: str, norms: Norms, **options: object) -> MergePlan:
+            paths = [tmp_path / method / name for name in ("base", "math", "code")]
+            for path in paths:
+                if not path.exists():
+                    drawn = {
+                        n: weights(f"{path.name} {n}", *s, dtype=torch.bfloat16) for n, s in shapes.items()
+                    }
+                    save(f"{method}/{path.name}", drawn | {"ids": torch.arange(3)})
+            text = METHODS[method].replace("BASE", str(paths[0]))
+            listed = paths[1:] if "base_model" in text else paths
+            text += "".join(f"  - {{model: {path}, parameters: {{weight: 0.7}}}}\n" for path in listed)
+            recipe = parse(text)
+            opened = {model: stack.enter_context(Checkpoint.open(Path(model))) for model in recipe.models}
+            known = {model: measure(checkpoint) for model, checkpoint in opened.items()}
+            drafted = draft(recipe, {model: header_of(checkpoint) for model, checkpoint in opened.items()})
+            plan = drafted.seal({model: found.manifest.model_id for model, found in known.items()})
+            materials = [
+                execute.Material(
+                    tensors=VerifiedSource(opened[model], known[model].leaves),
+                    files=opened[model].functional_files,
+                )
+                for model in recipe.models
+            ]
+            target = tmp_path / method / "out"
+            journal = target.with_suffix(".journal")
+            execute.run(plan, materials, target, journal=journal, observe=norms.observe, **options)  # type: ignore[arg-type]
+            return plan
+
+        yield merge
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_is_seen_element_by_element_and_only_once(
+    method: str, run: Callable[..., MergePlan], tmp_path: Path
+) -> None:
+    norms = Norms()
+    plan = run(method, norms, threads=3)
+    files = [tmp_path / method / name / "model.safetensors" for name in ("base", "math", "code")]
+    files.append(partial_path(tmp_path / method / "out") / "model.safetensors")
+    *models, merged = [load_file(path) for path in files]
+    taken = norms.taken()
+    assert taken.keys() == merged.keys() - {"ids"}
+    for name, (own, *operands) in taken.items():
+        assert own == pytest.approx(float(merged[name].double().norm()), rel=4e-3), (
+            name
+        )  # before its rounding
+        assert operands == pytest.approx([float(model[name].double().norm()) for model in models], rel=1e-5)
+    found = report(plan, norms)
+    assert (found.tensors, found.copied, found.measured) == (4, 1, 3)
+
+
+def test_what_an_interrupted_run_had_finished_is_not_measured_again(run: Callable[..., MergePlan]) -> None:
+    class KilledError(Exception):
+        """Stands for the end of the process."""
+
+    done: list[int] = []
+
+    def progress(count: int) -> None:
+        done.append(count)
+        if len(done) == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run("linear", Norms(), on_progress=progress)
+    norms = Norms()
+    found = report(run("linear", norms), norms)
+    assert (found.tensors, found.copied, found.measured) == (4, 1, 2)
+    assert "norms of 2 tensors, 1 not measured: " in found.summary[0]
