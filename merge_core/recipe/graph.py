@@ -35,5 +35,5 @@ def in_order(merges: Sequence[Merge], fault: Callable[[str], None]) -> tuple[Mer
     reached = {merge.name for merge in ordered}
     for name in named:
         if name not in reached:
-            fault(f"{name}: no merge that counts uses its result")
+            fault(f"{name}: no merge that counts uses it")
     return tuple(ordered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -298,12 +299,17 @@ def test_every_key_that_is_not_read_is_named(text: str, line: str, why: str) -> 
 LINEAR = "merge_method: linear\nparameters: {weight: 1}\n"
 
 
+CROWD = {
+    name: f"name: {name}\nmodels: [{', '.join(f'{{model: {name}{n}}}' for n in range(33))}]" for name in "xy"
+}
+
+
 @pytest.mark.parametrize(
     ("texts", "why"),
     [
         (["models: [{model: a}]", "models: [{model: b}]"], "2 of 2 have none"),
         (["name: x\nmodels: [{model: a}]", "name: y\nmodels: [{model: x}]"], "0 of 2 have none"),
-        (["name: x\nmodels: [{model: a}]", "models: [{model: b}]"], "x: no merge that counts uses its result"),
+        (["name: x\nmodels: [{model: a}]", "models: [{model: b}]"], "x: no merge that counts uses it"),
         (
             ["name: x\nmodels: [{model: y}]", "name: y\nmodels: [{model: x}]", "models: [{model: x}]"],
             "merges go in a circle: x -> y -> x",
@@ -317,10 +323,9 @@ LINEAR = "merge_method: linear\nparameters: {weight: 1}\n"
         (["name: x\nmodels: [{model: a}]\ncolour: 1", "models: [{model: x}]"], "x: colour: not supported"),
         (["models: [{model: x}]\ncolour: 1", "name: x\nmodels: [{model: a}]"], "merge 1: colour: not"),
         (["models: [{model: a}]"] * 65, "65 merges; at most 64"),
-        ([f"models: [{', '.join(f'{{model: {m}{i}}}' for i in range(33))}]\n{n}" for m, n in [
-            ("a", "name: x"), ("b", "name: y")]] + ["models: [{model: x}, {model: y}]"], "66 models; at most 65"),
+        ([*CROWD.values(), "models: [{model: x}, {model: y}]"], "66 models; at most 65"),
     ],
-)  # fmt: skip
+)
 def test_merges_that_make_no_graph_are_refused(texts: list[str], why: str) -> None:
     with pytest.raises(InvalidRecipe) as raised:
         parse("---\n".join(f"{LINEAR}{text}\n" for text in texts))
@@ -405,9 +410,25 @@ def documents(draw: st.DrawFn, models: list[str]) -> dict[str, Any]:
         made = {"slices": draw(st.lists(slices(chosen), min_size=1, max_size=3))}
     if draw(st.booleans()):
         value["base_model"] = draw(st.sampled_from(chosen))
+    value |= draw(tokens(chosen))
     if draw(st.booleans()):
         return value | {"modules": {"default": made | {"parameters": draw(scopes)}}}
     return value | made
+
+
+def tokens(models: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    """What a recipe says of tokens and chat templates."""
+    source = st.sampled_from(["union", "base", *models])
+    row = st.sampled_from(
+        [{"kind": "zero"}, models[0], {"kind": "model_token", "model": models[0], "token_id": 3}]
+    )
+    rule = st.fixed_dictionaries({"source": row}, optional={"force": st.booleans()})
+    rules = st.dictionaries(st.sampled_from(["<s>", "ÿ", "yes"]), rule, max_size=2)
+    chosen = st.fixed_dictionaries(
+        {"source": source, "tokens": rules}, optional={"pad_to_multiple_of": st.just(8)}
+    )
+    plain = st.fixed_dictionaries({}, optional={"tokenizer_source": source, "chat_template": st.just("auto")})
+    return plain | st.fixed_dictionaries({"tokenizer": chosen})
 
 
 @st.composite
@@ -427,7 +448,7 @@ def files(draw: st.DrawFn) -> str:
     rounds = draw(st.integers(0, 2))
     for number in range(rounds + 1):
         name = {"name": f"round-{number}"} if number < rounds else {}
-        texts.append(yaml.safe_dump(draw(documents(models)) | name, allow_unicode=True))
+        texts.append(json.dumps(draw(documents(models)) | name, ensure_ascii=False) + "\n")
         models = [*models, f"round-{number}"]
     return "---\n".join(texts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +393,77 @@ def test_reading_counts_what_is_computed_again() -> None:
         once += size[tall.operands[0].tensor] * (2 if tall.operands[0].source == 2 else 1)
     assert estimate.read_bytes == 2 * once
     assert estimate.output_bytes == sum(t.info.length for t in plan.tensors)
+
+
+# -- tokens --------------------------------------------------------------------------------------------------
+
+
+def speaking(words: list[str], template: str = "", **header_fields: Any) -> ModelHeader:
+    """A model of one layer with these words, and perhaps a chat template."""
+    vocabulary = {word: number for number, word in enumerate(words)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": words[0]}
+    made = header(1, vocab_size=len(words), **header_fields)
+    tensors = dict(made.tensors)
+    for name in {EMBED, HEAD} & tensors.keys():
+        tensors[name] = TensorInfo(dtype="F32", shape=(len(words), 8))
+    files = {
+        "config.json": json.dumps(made.config).encode(),
+        "tokenizer.json": json.dumps({"model": model, "added_tokens": []}).encode(),
+    } | ({"chat_template.jinja": template.encode()} if template else {})
+    return replace(made, tensors=tensors, contents=lambda: files)
+
+
+TALK = """
+name: soup
+merge_method: linear
+models: [{model: a}, {model: b}]
+parameters: {weight: 1.0}
+tokenizer_source: union
+---
+merge_method: passthrough
+models: [{model: soup}]
+chat_template: auto
+"""
+
+
+def test_embeddings_get_a_row_for_each_token_of_the_union() -> None:
+    a, b = speaking(["?", "x", "y"], "A"), speaking(["?", "z"], "B", head=False, tie_word_embeddings=True)
+    plan = planned(TALK, a=a, b=b)
+    soup = plan.steps[0]
+    assert soup.tokenizer is not None and soup.tokenizer.rows == 4
+    assert soup.tokenizer.tensors == (HEAD, EMBED)
+    assert soup.config == {"vocab_size": 4, "tie_word_embeddings": False}
+    assert {t.name: t.shape for t in plan.tensors} == {t.name: t.shape for t in soup.tensors}
+    assert tensors(plan)[EMBED].shape == tensors(plan)[HEAD].shape == (4, 8)
+    assert plan.result.chat_template == "A"
+    assert output_config(output_config(a.config, soup), plan.result)["vocab_size"] == 4
+
+
+def test_without_a_choice_vocabularies_of_two_sizes_are_a_problem() -> None:
+    text = TALK.replace("tokenizer_source: union\n", "")
+    problems = check(parse(text), {"a": speaking(["?", "x", "y"]), "b": speaking(["?", "z"])}).problems
+    assert problems == (
+        f"soup: the shapes of {HEAD} differ: a [3, 8], b [2, 8]",
+        f"soup: the shapes of {EMBED} differ: a [3, 8], b [2, 8]",
+    )
+
+
+def test_tokenizers_that_are_not_at_hand_are_a_problem() -> None:
+    models = {"a": speaking(["?", "x", "y"]), "b": replace(speaking(["?", "z"]), contents=header(1).contents)}
+    assert check(parse(TALK), models).problems[0] == "soup: b: its tokenizer is not here yet"
+
+
+def test_tokens_of_a_result_follow_the_tensors_that_are_used_of_it() -> None:
+    text = TALK.replace(
+        "models: [{model: soup}]\nchat_template: auto",
+        """slices:
+  - sources: [{model: soup, layer_range: [0, 1]}]
+  - sources: [{model: a, layer_range: [0, 1]}]
+base_model: a""",
+    )
+    plan = planned(text, a=speaking(["?", "x"]), b=speaking(["?", "z"]))
+    assert plan.steps[0].tokenizer is not None
+    assert plan.steps[0].tokenizer.tensors == (EMBED,)
 
 
 # -- what is published ---------------------------------------------------------------------------------------
