@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +48,21 @@ def _changes(
         if key in LAYER_COUNTS and value == donor.count:
             changed[key] = len(chosen)
         elif key in LAYER_LISTS and isinstance(value, list) and len(value) == donor.count:
-            parts = [_of_layer(key, within, c) for c in chosen]
-            for model in sorted({c.model for c, part in zip(chosen, parts, strict=True) if part is None}):
+            said = {c.model: _by_layer(key, within, c) for c in _one_of_each(chosen)}
+            for model in sorted(model for model, values in said.items() if values is None):
                 problem(f"{key} of {model} is not a list for each of its layers, as that of {donor.model} is")
-            changed[key] = [part[0] for part in parts if part is not None]
+            changed[key] = [values[c.number] for c in chosen if (values := said[c.model]) is not None]
         elif key in LAYER_NUMBERS and isinstance(value, list):
-            changed[key] = [i for i, c in enumerate(chosen) if c.number in _list(key, within, c)]
+            numbers = {c.model: _numbers(_list(key, within, c)) for c in _one_of_each(chosen)}
+            changed[key] = [number for number, c in enumerate(chosen) if c.number in numbers[c.model]]
         elif key in LAYER_PATTERNS and _matters(key, config):
             warn(f"{key} of {donor.model} goes by the numbers of layers, which the slices change")
     return {key: value for key, value in changed.items() if value != config[key]}
+
+
+def _one_of_each(chosen: Sequence[Chosen]) -> Collection[Chosen]:
+    """A layer of every model."""
+    return {c.model: c for c in chosen}.values()
 
 
 def _list(key: str, within: str, chosen: Chosen) -> list[Any]:
@@ -65,11 +71,15 @@ def _list(key: str, within: str, chosen: Chosen) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _of_layer(key: str, within: str, chosen: Chosen) -> tuple[Any] | None:
+def _by_layer(key: str, within: str, chosen: Chosen) -> list[Any] | None:
+    """What a model says of each of its layers; None where it does not, or in fractions, which no plan holds."""
     values = _list(key, within, chosen)
-    # A plan holds no fractions.
     is_plain = all(value is None or isinstance(value, bool | int | str) for value in values)
-    return (values[chosen.number],) if is_plain and len(values) == chosen.count else None
+    return values if is_plain and len(values) == chosen.count else None
+
+
+def _numbers(values: Sequence[Any]) -> frozenset[int]:
+    return frozenset(value for value in values if type(value) is int)
 
 
 def _matters(key: str, config: Mapping[str, Any]) -> bool:
