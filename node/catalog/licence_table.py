@@ -34,6 +34,11 @@ class Licence:
     duty: str = ""
 
     @property
+    def known(self) -> bool:
+        """Whether the table has it."""
+        return self.keep >= 0
+
+    @property
     def forbids_merging(self) -> bool:
         """Whether nothing that is made of it may be passed on."""
         return NO_DERIVATIVES in self.terms
@@ -156,6 +161,10 @@ TABLE = (
     ),
     _row(
         *("LicenseRef-bigcode-openrail-m", "bigcode-openrail-m", 2, "openrail bigcode"),
+        "Some uses are forbidden, also to those after you.",
+    ),
+    _row(
+        *("LicenseRef-creativeml-openrail-m", "creativeml-openrail-m", 2, "openrail creativeml"),
         "Some uses are forbidden, also to those after you.",
     ),
     _row(

@@ -83,7 +83,12 @@ def licence_fields(expression: str) -> dict[str, str]:
     if expression == NO_LICENCE:
         return {}
     row = row_of(expression)
-    return {"license": row.hub} if row.hub else {"license": "other", "license_name": expression}
+    if row.hub:
+        return {"license": row.hub}
+    fields = {"license": "other", "license_name": expression}
+    if row.known and not row.name.startswith("LicenseRef-"):
+        fields["license_link"] = f"https://spdx.org/licenses/{row.name}.html"
+    return fields
 
 
 def _parent(parent: Parent, *, is_base: bool) -> str:

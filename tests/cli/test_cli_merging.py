@@ -147,6 +147,15 @@ def test_a_parent_that_forbids_derivatives_is_refused_before_anything_is_written
         (("apache-2.0", "cc-by-nc-4.0"), {"license": "cc-by-nc-4.0"}),
         (("cc-by-sa-4.0", "gpl-3.0"), {"license": "other", "license_name": "CC-BY-SA-4.0 AND GPL-3.0-only"}),
         (("llama3.1", "mit"), {"license": "llama3.1"}),
+        (("mit", "house"), {"license": "other", "license_name": "LicenseRef-house AND MIT"}),
+        (
+            ("gpl-3.0-or-later", "mit"),
+            {
+                "license": "other",
+                "license_name": "GPL-3.0-or-later",
+                "license_link": "https://spdx.org/licenses/GPL-3.0-or-later.html",
+            },
+        ),
     ],
 )
 def test_the_card_states_the_licence_as_the_hub_writes_it_and_reads_back(
