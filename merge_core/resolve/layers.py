@@ -72,7 +72,7 @@ def _list(key: str, within: str, chosen: Chosen) -> list[Any]:
 
 
 def _by_layer(key: str, within: str, chosen: Chosen) -> list[Any] | None:
-    """What a model says of each of its layers; None where it does not, or in fractions, which no plan holds."""
+    """What a model says of each of its layers; None where it does not, or in fractions: no plan holds any."""
     values = _list(key, within, chosen)
     is_plain = all(value is None or isinstance(value, bool | int | str) for value in values)
     return values if is_plain and len(values) == chosen.count else None

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from merge_core.checkpoint.reader import Checkpoint
 from merge_core.checkpoint.source import TensorInfo
@@ -58,6 +60,15 @@ def tensors(plan: MergePlan, step: int = -1) -> Mapping[str, TensorPlan]:
 def taken(tensor: TensorPlan) -> list[tuple[int, str]]:
     return [(o.source, o.tensor) for o in tensor.operands]
 
+
+KEYS = (
+    *("text_config", "num_hidden_layers", "n_layer", "layer_types", "mlp_only_layers", "no_rope_layers"),
+    *("tie_word_embeddings", "architectures", "vocab_size", "moe_layer_freq", "num_key_value_heads"),
+)
+NAMES = (
+    *(EMBED, NORM, HEAD, "x", "model.layers.0.x", "model.layers.1.x", "model.layers.3.x"),
+    *("other.layers.0.x", "model.layers.999999.x", "lm_head.layers.0.weight", "a.lm_head.weight"),
+)
 
 FRANKEN = """
 merge_method: passthrough
@@ -464,6 +475,36 @@ base_model: a""",
     plan = planned(text, a=speaking(["?", "x"]), b=speaking(["?", "z"]))
     assert plan.steps[0].tokenizer is not None
     assert plan.steps[0].tokenizer.tensors == (EMBED,)
+
+
+# -- lies --------------------------------------------------------------------------------------------------
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(KEYS), anything),
+    st.dictionaries(st.sampled_from(KEYS), anything),
+    st.dictionaries(st.sampled_from(NAMES), st.lists(st.integers(0, 9), max_size=3), max_size=8),
+    st.sampled_from([FRANKEN, GRADIENTS, LINEAR, ROUNDS, TALK]),
+)
+@settings(deadline=None)
+def test_whatever_a_model_claims_is_judged(
+    config: dict[str, Any], other: dict[str, Any], shapes: dict[str, list[int]], text: str
+) -> None:
+    made = {name: TensorInfo(dtype="F32", shape=tuple(shape)) for name, shape in shapes.items()}
+    a, b = header(4, **config), header(4, **other)
+    for models in (
+        {"a": a, "b": b},
+        {"a": a, "b": replace(b, tensors=made)},
+        {"a": replace(a, tensors=made), "b": b},
+    ):
+        if not check(parse(text), models).problems:
+            planned(text, **models)
 
 
 # -- what is published ---------------------------------------------------------------------------------------
