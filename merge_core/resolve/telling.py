@@ -9,6 +9,8 @@ from merge_core.checkpoint.layout import around_layer
 from merge_core.operators import COPY
 from merge_core.plan import MergePlan, Step, TensorPlan
 from merge_core.recipe import Merge, Recipe, Slice
+from merge_core.tokenizer import resolve as tokens
+from merge_core.tokenizer import templates
 
 _Taken: TypeAlias = list[tuple[int, int | None]]
 """The sources that a tensor is made of, in order, and the layers there."""
@@ -23,8 +25,8 @@ def numbered(recipe: Recipe) -> dict[str, int]:
 def tells_of(recipe: Recipe, plan: MergePlan) -> bool:
     """Whether a recipe that calls models by ModelId tells of this plan.
 
-    That is: its inputs, and of each step its base, its donor and, tensor by tensor, the operator, the models
-    and the layers. What its parameters are in numbers depends on headers.
+    That is: its inputs, and of each step its base, its donor, its tokens and, tensor by tensor, the
+    operator, the models and the layers. What its parameters are in numbers depends on headers.
     """
     if recipe.models != plan.inputs or len(recipe.merges) != len(plan.steps):
         return False
@@ -35,6 +37,11 @@ def tells_of(recipe: Recipe, plan: MergePlan) -> bool:
 def _tells_of(merge: Merge, step: Step, sources: Mapping[str, int]) -> bool:
     base = merge.single_base
     if step.base != (None if base is None else sources[base]) or step.donor != sources[merge.donor]:
+        return False
+    models = {model: sources[model] for model in (merge.donor, *merge.models)}
+    if not tokens.tells_of(merge.tokenizer, step.tokenizer, models):
+        return False
+    if not templates.tells_of(merge.chat_template, step.chat_template):
         return False
     layers = list(_layers(merge))
     return all(_is_made_so(merge, tensor, layers, sources) for tensor in step.tensors)

@@ -65,24 +65,25 @@ def settle(
     for model in choice.models:
         if model not in models:
             raise Unmergeable(f"tokenizer: {model} is not one of the models that are merged", hint=_HINT)
-    first, *_ = ordered = tuple(models.values())
-    sources = {UNION: None, BASE: first}
-    plan = TokenizerPlan(
-        source=sources[choice.source] if choice.source in sources else models[choice.source],
-        models=ordered,
-        rows=1,
-        tensors=(),
-        rules=tuple(_rule(token, models) for token in choice.tokens),
-    )
+    plan = _unread(choice, models)
     tokenizers = Tokenizers(plan, files, {number: model for model, number in models.items()})
     multiple = choice.pad_to_multiple_of or 1
     plan = replace(plan, rows=-(-tokenizers.rows // multiple) * multiple)
-    owners = [Owner(source=m, tokens=tokenizers.of(m).ids, rows=tokenizers.rows_of(m)) for m in ordered]
+    owners = [Owner(source=m, tokens=tokenizers.of(m).ids, rows=tokenizers.rows_of(m)) for m in plan.models]
     # Raises now what would be raised when the rows are gathered.
     map_rows(tokenizers.vocabulary.ids, plan.rows, owners, base, plan.rules)
     if any(len(data) > MAX_FUNCTIONAL_FILE for data in tokenizers.files.values()):
         raise Unmergeable(f"the tokenizer of all models would be larger than {MAX_FUNCTIONAL_FILE} bytes")
     return Settled(plan=plan, warnings=tuple(_warnings(tokenizers, plan, models)))
+
+
+def tells_of(choice: TokenizerChoice | None, plan: TokenizerPlan | None, models: Mapping[str, int]) -> bool:
+    """Whether a choice over models, the donor first, tells of a plan; the number of rows depends on files."""
+    if choice is None or plan is None:
+        return choice is None and plan is None
+    if not models.keys() >= set(choice.models) or plan.rows % (choice.pad_to_multiple_of or 1):
+        return False
+    return _unread(choice, models) == replace(plan, rows=1, tensors=())
 
 
 def config_changes(plan: TokenizerPlan, donor: Mapping[str, Any], giver: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +96,19 @@ def config_changes(plan: TokenizerPlan, donor: Mapping[str, Any], giver: Mapping
     if "vocab_size" not in donor and isinstance(nested, Mapping):
         return changed | {"text_config.vocab_size": plan.rows}
     return changed | {"vocab_size": plan.rows}
+
+
+def _unread(choice: TokenizerChoice, models: Mapping[str, int]) -> TokenizerPlan:
+    """What a choice says without a look into the tokenizers: nothing of rows and tensors."""
+    first, *_ = ordered = tuple(models.values())
+    sources = {UNION: None, BASE: first}
+    return TokenizerPlan(
+        source=sources[choice.source] if choice.source in sources else models[choice.source],
+        models=ordered,
+        rows=1,
+        tensors=(),
+        rules=tuple(_rule(token, models) for token in choice.tokens),
+    )
 
 
 def _rule(choice: TokenChoice, models: Mapping[str, int]) -> Rule:

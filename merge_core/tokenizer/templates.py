@@ -106,6 +106,11 @@ def written_out(choice: str, models: Iterable[Callable[[], Mapping[str, bytes]]]
     return max(found, key=found.count, default=None)
 
 
+def tells_of(choice: str | None, template: str | None) -> bool:
+    """Whether a choice tells of the template of a plan; which one AUTO finds depends on files."""
+    return choice == AUTO or template == (None if choice is None else TEMPLATES.get(choice, choice))
+
+
 def _of(files: Mapping[str, bytes]) -> str | None:
     """The template of a model."""
     if FILE in files:

@@ -25,8 +25,8 @@ from merge_core.execute import Material, leaf, run
 from merge_core.functional import result_files
 from merge_core.operators import COPY
 from merge_core.plan import CHUNK_ELEMENTS, MergePlan, Operand, Step, TensorPlan
-from merge_core.recipe import parse
-from merge_core.resolve import check, draft, header_of
+from merge_core.recipe import parse, rename
+from merge_core.resolve import check, draft, header_of, tells_of
 from merge_core.resolve.header import absent
 from merge_core.tokenizer import choice as choices
 from merge_core.tokenizer.resolve import config_changes, settle
@@ -645,3 +645,35 @@ def test_the_tokenizer_of_a_result_is_compared_with_those_it_meets(model: Callab
         opened = {m: stack.enter_context(Checkpoint.open(p)) for m, p in paths.items()}
         found = check(wanted, {m: header_of(checkpoint) for m, checkpoint in opened.items()})
     assert any("the tokenizer of a differs from that of both" in warning for warning in found.warnings)
+
+
+def test_a_recipe_tells_of_the_tokens_of_its_plan_and_of_no_others(model: Callable[..., Path]) -> None:
+    paths = {"a": model("a", ENGLISH, chat_template="{{ 'old' }}"), "b": model("b", CODE)}
+    plain = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+    padded = (
+        plain + "tokenizer: {source: union, pad_to_multiple_of: 16, tokens: {<x>: {source: {kind: zero}}}}\n"
+    )
+    texts = [
+        padded,
+        padded.replace("16", "48"),
+        padded.replace("union", "base"),
+        padded.replace("zero", "model_token, model: b, token_id: 3"),
+        padded.replace("<x>", "<y>"),
+        plain + "tokenizer_source: b\n",
+        plain,
+        plain + "chat_template: auto\n",
+        plain + "chat_template: chatml\n",
+        plain + "chat_template: '{{ 1 }}'\n",
+    ]
+    with ExitStack() as stack:
+        opened = {m: stack.enter_context(Checkpoint.open(p)) for m, p in paths.items()}
+        headers = {m: header_of(checkpoint) for m, checkpoint in opened.items()}
+    ids = {m: ModelId(sha256(m.encode())) for m in paths}
+    same = replace(headers["b"], tensors=headers["a"].tensors, config=headers["a"].config)
+    plans = [draft(parse(t), headers if "tokenizer" in t else headers | {"b": same}).seal(ids) for t in texts]
+    told = [rename(parse(text), ids) for text in texts]
+    found = [
+        (i, j) for i, recipe in enumerate(told) for j, plan in enumerate(plans) if tells_of(recipe, plan)
+    ]
+    # A multiple of 48 is one of 16, and what `auto` finds may be any template, or none.
+    assert set(found) == {(n, n) for n in range(len(texts))} | {(0, 1), (7, 6), (7, 8), (7, 9)}
