@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--no-moe", action="store_true", help="leave the 20,000 tensors out")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     mergekit = install()
     shapes = {"warm": checkpoints.TINY} | (
         {"large": checkpoints.TINY, "medium": checkpoints.TINY, "moe": checkpoints.FEW}
