@@ -37,8 +37,8 @@ slices:
       - {model: ./math, layer_range: [1, 4]}
     parameters: {weight: [{filter: mlp, value: [0.0, 1.0]}]}
   - sources:
-      - {model: ./code, layer_range: [3, 4]}
-      - {model: ./base, layer_range: [2, 3], parameters: {weight: 0.125}}
+      - {model: ./code, layer_range: [2, 4]}
+      - {model: ./base, layer_range: [1, 3], parameters: {weight: 0.125}}
 parameters:
   weight: [{filter: layers.3., value: 2.0}, {value: [0.25, 0.75]}]
   normalize: [{filter: down_proj, value: false}, {value: true}]
@@ -127,7 +127,7 @@ def test_a_recipe_for_mergekit_runs_unchanged(
         case="slices, gradients, filters, union",
         tolerance="1e-7",
         worst=f"{off:.3g} over {len(left)} tensors",
-        passed=off <= 1e-7 and stated == [(LAYERS, len(ids))] * 2,
+        passed=off <= 1e-7 and stated == [(LAYERS + 1, len(ids))] * 2,
     )
 
 
