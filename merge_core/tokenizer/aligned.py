@@ -125,7 +125,10 @@ class _Aligned:
         lost = origin == NO_TOKEN
         if lost.any():
             if dtype not in dtypes.MERGEABLE:
-                raise Unmergeable(f"{self.name(operand)} is {dtype}: rows that no token has cannot be made")
+                raise Unmergeable(
+                    f"{self.name(operand)} is {dtype}: rows that no token has cannot be made",
+                    hint="leave out pad_to_multiple_of, then: weft plan RECIPE",
+                )
             mean = np.empty(out.shape[1] // dtypes.SIZES[dtype], convert.elements(b"", dtype).dtype)
             convert.narrow(self._mean(operand), dtype, mean)
             out[lost] = mean.view(np.uint8)

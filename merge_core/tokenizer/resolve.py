@@ -73,7 +73,10 @@ def settle(
     # Raises now what would be raised when the rows are gathered.
     map_rows(tokenizers.vocabulary.ids, plan.rows, owners, base, plan.rules)
     if any(len(data) > MAX_FUNCTIONAL_FILE for data in tokenizers.files.values()):
-        raise Unmergeable(f"the tokenizer of all models would be larger than {MAX_FUNCTIONAL_FILE} bytes")
+        raise Unmergeable(
+            f"the tokenizer of the output would have more than {MAX_FUNCTIONAL_FILE} bytes",
+            hint="tokenizer_source: base, then: weft plan RECIPE",
+        )
     return Settled(plan=plan, warnings=tuple(_warnings(tokenizers, plan, models)))
 
 

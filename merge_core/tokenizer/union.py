@@ -211,4 +211,6 @@ def _write(value: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        raise CorruptCheckpoint(f"a tokenizer holds text that is not Unicode: {error.reason}") from error
+        raise CorruptCheckpoint(
+            f"a tokenizer holds text that is not Unicode: {error.reason}", hint=HINT
+        ) from error
