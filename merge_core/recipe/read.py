@@ -21,6 +21,7 @@ MAX_RECIPE = 1 << 20
 MAX_MERGES = 64
 MAX_MODELS = 64
 MAX_SLICES = 1024
+MAX_LAYERS = 1_000_000
 MAX_TEXT = 1024
 
 _KEYS = frozenset(
@@ -212,7 +213,7 @@ class _Reader:
     def _layers(self, where: str, value: Any) -> tuple[int, int]:
         if isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value):
             first, end = value
-            if 0 <= first < end:
+            if 0 <= first < end <= MAX_LAYERS:
                 return first, end
         self._fault(f"{where}: layer_range is a pair of layer numbers, [first, end], with first < end")
         return 0, 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from merge_core.checkpoint.layout import around_layer
@@ -43,29 +43,25 @@ def _tells_of(merge: Merge, step: Step, sources: Mapping[str, int]) -> bool:
         return False
     if not templates.tells_of(merge.chat_template, step.chat_template):
         return False
-    layers = list(_layers(merge))
-    return all(_is_made_so(merge, tensor, layers, sources) for tensor in step.tensors)
+    return all(_is_made_so(merge, tensor, sources) for tensor in step.tensors)
 
 
-def _layers(merge: Merge) -> Iterator[tuple[Slice, int]]:
-    """The slice of every layer of the output, and how many layers of it lie below."""
+def _made(merge: Merge, layer: int | None) -> list[tuple[Slice, int | None]]:
+    """The slices that may make a layer of the output, or what has none, and how far above their first."""
+    if merge.is_whole or layer is None:
+        return [(merge.slices[0], layer), (merge.slices[-1], layer)]
+    below = 0
     for part in merge.slices:
         first, end = part.inputs[0].layers or (0, 0)
-        yield from ((part, offset) for offset in range(end - first))
+        if layer < below + end - first:
+            return [(part, layer - below)]
+        below += end - first
+    return []
 
 
-def _is_made_so(
-    merge: Merge, tensor: TensorPlan, layers: list[tuple[Slice, int]], sources: Mapping[str, int]
-) -> bool:
-    number = _layer(tensor.name)
-    if merge.is_whole or number is None:
-        made = [(part, number) for part in (merge.slices[0], merge.slices[-1])]
-    elif number < len(layers):
-        made = [layers[number]]
-    else:
-        return False
+def _is_made_so(merge: Merge, tensor: TensorPlan, sources: Mapping[str, int]) -> bool:
     taken = [(operand.source, _layer(operand.tensor)) for operand in tensor.operands]
-    for part, offset in made:
+    for part, offset in _made(merge, _layer(tensor.name)):
         said: _Taken = [
             (sources[i.model], offset if i.layers is None or offset is None else i.layers[0] + offset)
             for i in merge.operands(part)

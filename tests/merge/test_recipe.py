@@ -256,6 +256,7 @@ KEYS = {
         ),
         ("slices: [{sources: [{model: a, layer_range: [0, 1], scale: 1}]}]", r"sources[0]: scale: not"),
         ("slices: [{sources: [{model: a, layer_range: [1, 1]}]}]", "first < end"),
+        ("slices: [{sources: [{model: a, layer_range: [0, 1000001]}]}]", "first < end"),
         ("slices: [{sources: [{model: a}]}]", "layer_range is a pair"),
         (
             "slices: [{sources: [{model: a, layer_range: [0, 1]}], base_model: b}]",

@@ -523,6 +523,14 @@ def test_a_recipe_tells_of_its_plan_and_of_no_other(text: str) -> None:
         assert not tells_of(rename(parse(other), ids), plan)
 
 
+def test_a_recipe_of_very_many_layers_is_judged_at_once() -> None:
+    plan = planned(FRANKEN, a=header(4), b=header(3))
+    slices = ", ".join(
+        f"{{sources: [{{model: '{i}', layer_range: [0, 1000000]}}]}}" for i in plan.inputs * 500
+    )
+    assert not tells_of(parse(f"merge_method: passthrough\nslices: [{slices}]"), plan)
+
+
 def test_a_recipe_of_another_base_does_not_tell_of_the_plan() -> None:
     text = LINEAR.replace("linear", "task_arithmetic\nbase_model: a")
     models = {"a": header(1), "b": header(1)}
