@@ -28,11 +28,13 @@ def reexecute(family, merged: Path) -> audit.Outcome:
     """Run the family's merge again over its parents, and compare it with a directory."""
     opened = [Checkpoint.open(directory) for directory in family.parents.values()]
     try:
-        sources = [VerifiedSource(checkpoint, measure(checkpoint).leaves) for checkpoint in opened]
+        inputs = [
+            execute.Material(tensors=VerifiedSource(c, measure(c).leaves), files=c.functional_files)
+            for c in opened
+        ]
         with Checkpoint.open(merged) as claimed:
             found = measure(claimed)
-        donor = opened[0].functional_files()
-        report = execute.audit(family.plan, family.trace, sources, donor, found.manifest, found.leaves)
+        report = execute.audit(family.plan, family.trace, inputs, found.manifest, found.leaves)
         return audit.Outcome(
             checked=report.checked,
             failed=len(report.failed),
