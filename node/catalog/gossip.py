@@ -1,7 +1,8 @@
 """Gossip: this node's adverts go out to its peers, theirs come in; a newcomer asks for what was said before.
 
 Two ways lead into the book, and both end in `AdvertBook.admit`: GossipSub, for what is said now, and one
-request at each new connection, in pages, for what is still valid from before.
+request at each new connection, in pages, for what is still valid from before. What a peer tells of itself in
+answer to such a request is passed on: others may have asked everybody just before that peer came.
 """
 
 from __future__ import annotations
@@ -140,7 +141,13 @@ class Gossip:
                     await self._network.request(peer, PROTOCOL, request, deadline=DEADLINE)
                 )
                 for data in adverts:
-                    self._admit(data, peer)
+                    admission = self._admit(data, peer)
+                    if (
+                        admission.outcome is Outcome.NEW
+                        and admission.advert
+                        and admission.advert.peer == peer
+                    ):
+                        await self._network.publish(self._topic, data)
                     await asyncio.sleep(0)  # a page takes long enough for others to want their turn
                 if after is None:
                     return

@@ -111,6 +111,22 @@ def test_everybody_hears_and_a_newcomer_catches_up(model_dir: Path, tmp_path: Pa
     play(story)
 
 
+def test_who_comes_last_is_heard_of_by_those_who_have_asked_already(model_dir: Path, tmp_path: Path) -> None:
+    fabric = Fabric(seed=8)
+    hub, early, last = (Node(fabric, tmp_path / name) for name in ("hub", "early", "last"))
+    last.shelf.add(model_dir, identity=last.identity, sketch=sketch, now=NOW, name="tiny")
+
+    async def story(stack: AsyncExitStack) -> None:
+        await hub.join(stack)
+        await early.join(stack, hub)
+        await last.join(stack)
+        await last.gossip.announce()  # before anybody can hear it
+        await last.network.connect(hub.network.addresses()[0])
+        await until(lambda: early.names() == ["tiny"])
+
+    play(story)
+
+
 def test_a_liar_is_found_out_by_everybody_even_by_who_comes_later(tmp_path: Path) -> None:
     fabric = Fabric(seed=4)
     liar, left, right, late = (Node(fabric, tmp_path / name) for name in ("liar", "left", "right", "late"))
