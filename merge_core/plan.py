@@ -27,6 +27,8 @@ from merge_core.tokenizer.plan import TokenizerPlan
 MAX_PLAN = 64 << 20
 MAX_INPUTS = 65
 MAX_STEPS = 64
+MAX_TAKEN = 1 << 16
+"""Tensors of inputs that may be read to compute one tensor: rounds upon rounds multiply."""
 MAX_CONFIG_CHANGES = 1 << 20
 """Characters of JSON."""
 
@@ -191,6 +193,21 @@ class MergePlan:
             raise CorruptCheckpoint(f"not a merge plan: {error}", hint="ask for the plan again") from error
 
 
+def most_taken(inputs: int, steps: Sequence[Step]) -> int:
+    """How many tensors of inputs, counted as often as they are read, one tensor of a plan takes at most."""
+    made: list[dict[str, int]] = []
+    for step in steps:
+        made.append(
+            {
+                tensor.name: sum(
+                    1 if o.source < inputs else made[o.source - inputs][o.tensor] for o in tensor.operands
+                )
+                for tensor in step.tensors
+            }
+        )
+    return max((count for counts in made for count in counts.values()), default=0)
+
+
 def _write_step(step: Step) -> dict[str, Any]:
     value: dict[str, Any] = {
         "base": step.base,
@@ -238,6 +255,8 @@ def _plan(value: Any) -> MergePlan:
     made: list[Step] = []
     for step in steps:
         made.append(_step(step, len(inputs), made))
+    if most_taken(len(inputs), made) > MAX_TAKEN:
+        raise ValueError(f"one tensor takes more than {MAX_TAKEN} of the inputs")
     return MergePlan(inputs=tuple(ModelId(item) for item in inputs), steps=tuple(made))
 
 

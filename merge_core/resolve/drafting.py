@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from merge_core.checkpoint.manifest import MAX_TENSORS
 from merge_core.digest import ModelId
 from merge_core.errors import Unmergeable
-from merge_core.plan import THREADS, MergePlan, Step, TensorPlan
+from merge_core.plan import MAX_TAKEN, THREADS, MergePlan, Step, TensorPlan, most_taken
 from merge_core.recipe import Recipe
 from merge_core.resolve.estimate import Estimate, estimate
 from merge_core.resolve.header import ModelHeader, absent, header_of_step
@@ -124,6 +124,10 @@ def _unfit(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
     problems = (
         [f"the plan has {total} tensors; at most {MAX_TENSORS} are merged"] if total > MAX_TENSORS else []
     )
+    if most_taken(len(recipe.models), steps) > MAX_TAKEN:
+        problems.append(
+            f"rounds upon rounds take more than {MAX_TAKEN} tensors for one: merge in several files"
+        )
     return problems + [
         f"{merge.name}: no tensor of its result is used"
         for merge, step in zip(recipe.merges, steps, strict=True)

@@ -189,7 +189,17 @@ def lies() -> list[tuple[str, Callable[[dict[str, Any]], object]]]:
         for tensor in plan["steps"][1]["tensors"]:
             tensor["operands"][0] = operand
 
+    def doubled(plan: dict[str, Any]) -> None:
+        """Rounds that take the one before three times each: 3^12 tensors for one."""
+        for number in range(12):
+            step = copy.deepcopy(plan["steps"][0])
+            step["base"] = 3 + number
+            for tensor in step["tensors"]:
+                tensor["operands"] = [3 + number] * 3
+            plan["steps"].append(step)
+
     return [
+        ("rounds upon rounds", doubled),
         ("version", lambda p: p.update(version=1)),
         ("version true", lambda p: p.update(version=True)),
         ("unknown key", lambda p: p.update(holder="here")),
