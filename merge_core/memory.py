@@ -13,7 +13,13 @@ from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import Unmergeable
 from merge_core.operators import COPY, find
-from merge_core.plan import CHUNK_ELEMENTS, Step, TensorPlan
+from merge_core.plan import Step, TensorPlan
+
+CHUNK_ELEMENTS = 1 << 19
+"""Elements that are in work at once per thread: whole leaves of every type that arithmetic is defined on."""
+
+THREADS = 2
+"""Threads of a merge unless it is told otherwise."""
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements that a kernel computes at once: they and its temporaries fit the cache of a core."""

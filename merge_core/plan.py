@@ -32,12 +32,6 @@ MAX_TAKEN = 1 << 16
 MAX_CONFIG_CHANGES = 1 << 20
 """Characters of JSON."""
 
-CHUNK_ELEMENTS = 1 << 19
-"""Elements that are in work at once per thread: whole leaves of every type that arithmetic is defined on."""
-
-THREADS = 2
-"""Threads of a merge unless it is told otherwise."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operand:

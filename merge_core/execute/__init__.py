@@ -22,6 +22,7 @@ finish, open the writer again, add the functional files and records, and commit:
 So the process that computes needs no keys, and the one that signs needs no kernels.
 
 materials  what operands read from: models, and the results of earlier steps
+aligned    a model's embedding with the rows of the output, where a recipe chooses its tokens
 work       one tensor in pieces
 pool       threads that take pieces in order
 """

@@ -11,8 +11,9 @@ from merge_core.checkpoint.reader import file_record
 from merge_core.execute.materials import Material, Materials
 from merge_core.execute.pool import INLINE, pool_of
 from merge_core.execute.run import Progress
+from merge_core.memory import THREADS
 from merge_core.operators.base import Traced
-from merge_core.plan import THREADS, MergePlan, TensorPlan
+from merge_core.plan import MergePlan, TensorPlan
 from merge_core.trace import Trace
 
 

@@ -14,15 +14,16 @@ import numpy as np
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.errors import CorruptCheckpoint
+from merge_core.execute.aligned import Alignment
 from merge_core.execute.pool import Pool
 from merge_core.execute.work import Work
 from merge_core.functional import result_files, source_files
+from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import COPY, find
 from merge_core.operators.base import Traced
 from merge_core.operators.scratch import scratch
-from merge_core.plan import CHUNK_ELEMENTS, MergePlan, Step, TensorPlan
+from merge_core.plan import MergePlan, Step, TensorPlan
 from merge_core.seeding import key
-from merge_core.tokenizer.aligned import Alignment
 from merge_core.tokenizer.union import Files
 from merge_core.trace import Trace, close
 

@@ -17,7 +17,8 @@ from merge_core.execute.materials import Material, Materials
 from merge_core.execute.pool import INLINE, Pool, pool_of
 from merge_core.execute.work import Observe, Work
 from merge_core.journal import Finished, Journal
-from merge_core.plan import CHUNK_ELEMENTS, THREADS, MergePlan, TensorPlan
+from merge_core.memory import CHUNK_ELEMENTS, THREADS
+from merge_core.plan import MergePlan, TensorPlan
 from merge_core.trace import Trace
 
 _TINY = 128 << 10

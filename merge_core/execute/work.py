@@ -18,11 +18,11 @@ from merge_core.checkpoint.finite import finite
 from merge_core.checkpoint.source import TensorSource
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.pool import Pool
-from merge_core.memory import BLOCK_ELEMENTS
+from merge_core.memory import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from merge_core.operators import COPY, convert, find
 from merge_core.operators.base import Array, Chunk, Traced
 from merge_core.operators.scratch import scratch
-from merge_core.plan import CHUNK_ELEMENTS, TensorPlan
+from merge_core.plan import TensorPlan
 
 T = TypeVar("T")
 Observe = Callable[[str, int, Sequence[Array], Array], None]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from merge_core.checkpoint.manifest import MAX_TENSORS
 from merge_core.digest import ModelId
 from merge_core.errors import Unmergeable
-from merge_core.plan import MAX_TAKEN, THREADS, MergePlan, Step, TensorPlan, most_taken
+from merge_core.memory import THREADS
+from merge_core.plan import MAX_TAKEN, MergePlan, Step, TensorPlan, most_taken
 from merge_core.recipe import Recipe
 from merge_core.resolve.estimate import Estimate, estimate
 from merge_core.resolve.header import ModelHeader, absent, header_of_step

@@ -7,5 +7,4 @@ union        the output's vocabulary, and the files that hold it
 plan         the TokenizerPlan, which a step of a MergePlan carries
 resolve      from a choice and what is known of the models to a TokenizerPlan
 rows         which row of which model each row of the output is taken from
-aligned      a model's embedding with the rows of the output, as a TensorSource
 """

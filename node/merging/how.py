@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from merge_core.errors import Unmergeable
-from merge_core.memory import fit
-from merge_core.plan import THREADS, MergePlan
+from merge_core.memory import THREADS, fit
+from merge_core.plan import MergePlan
 from merge_core.resolve import ModelHeader
 from node.errors import LimitReached
 

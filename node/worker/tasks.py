@@ -32,7 +32,8 @@ from merge_core.checkpoint.published import read_bounded
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, read_functional
 from merge_core.digest import sha256
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
-from merge_core.plan import MAX_PLAN, THREADS, MergePlan
+from merge_core.memory import THREADS
+from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
 from node.worker.messages import Emit
 

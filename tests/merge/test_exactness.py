@@ -33,9 +33,10 @@ from merge_core.checkpoint.source import TensorInfo
 from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.digest import sha256
 from merge_core.execute import Material, Merged, leaf, run
+from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import METHODS
 from merge_core.operators.base import Exactness
-from merge_core.plan import CHUNK_ELEMENTS, MergePlan
+from merge_core.plan import MergePlan
 from merge_core.resolve import draft, header_of
 
 ROOT = Path(__file__).parents[2]

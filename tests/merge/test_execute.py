@@ -27,7 +27,8 @@ from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute import Material, Merged, audit, leaf, run, trace
 from merge_core.execute.work import Work
 from merge_core.functional import result_files
-from merge_core.plan import CHUNK_ELEMENTS, MergePlan
+from merge_core.memory import CHUNK_ELEMENTS
+from merge_core.plan import MergePlan
 from merge_core.recipe import parse
 from merge_core.resolve import draft, header_of
 from merge_core.trace import Trace

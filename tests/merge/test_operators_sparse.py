@@ -18,13 +18,13 @@ from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute import Material, audit, run
+from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import find, kernels
 from merge_core.operators.base import Array, Chunk, Parameters, Traced
 from merge_core.operators.breadcrumbs import counts
 from merge_core.operators.chance import draws, halves, limit, philox
 from merge_core.operators.della import limits
 from merge_core.operators.trimming import NOTHING, Cut, cut_at, cuts, delta_magnitudes, trace_cuts, uppers
-from merge_core.plan import CHUNK_ELEMENTS
 from merge_core.recipe import parse
 from merge_core.resolve import ModelHeader, check, draft, header_of
 from merge_core.trace import Trace

@@ -16,7 +16,8 @@ from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.execute import Material, Merged, audit, leaf, run
 from merge_core.functional import result_files
-from merge_core.plan import CHUNK_ELEMENTS, MergePlan
+from merge_core.memory import CHUNK_ELEMENTS
+from merge_core.plan import MergePlan
 from merge_core.recipe import parse
 from merge_core.resolve import draft, header_of
 from merge_core.trace import Trace

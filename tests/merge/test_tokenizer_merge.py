@@ -23,8 +23,9 @@ from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute import Material, leaf, run
 from merge_core.functional import result_files
+from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import COPY
-from merge_core.plan import CHUNK_ELEMENTS, MergePlan, Operand, Step, TensorPlan
+from merge_core.plan import MergePlan, Operand, Step, TensorPlan
 from merge_core.recipe import parse, rename
 from merge_core.resolve import check, draft, header_of, tells_of
 from merge_core.resolve.header import absent
