@@ -62,6 +62,12 @@ _SILENT = frozenset({"_name_or_path", "auto_map", "dtype", "torch_dtype"})
 """Dropped without a word, or written anew."""
 
 
+def stated(config: Mapping[str, Any], key: str) -> Any:
+    """What a config says, or else its nested one; None where neither says anything."""
+    nested = config.get(NESTED)
+    return config.get(key, nested.get(key) if isinstance(nested, Mapping) else None)
+
+
 def dropped(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys of a donor's config that the merged model will not have and that may matter, sorted."""
     nested = config.get(NESTED)

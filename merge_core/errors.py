@@ -32,6 +32,12 @@ class Unmergeable(MergeCoreError):
         super().__init__(why, hint=hint)
         self.problems = problems
 
+    @classmethod
+    def of(cls, problems: tuple[str, ...], *, hint: str) -> Unmergeable:
+        """What to raise for one problem or more: the first is told, with the number of the others."""
+        more = len(problems) - 1
+        return cls(problems[0] + (f" (and {more} more)" if more else ""), problems=problems, hint=hint)
+
 
 class CorruptCheckpoint(MergeCoreError):
     """A file is malformed, truncated, or does not match its digest."""

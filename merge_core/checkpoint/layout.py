@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from merge_core.config_keys import NESTED
+
 
 class Role(StrEnum):
     """What a tensor is for."""
@@ -71,7 +73,7 @@ def around_layer(tensor_name: str) -> tuple[str, int, str] | None:
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """The number of layers that config.json states, or None where it states none that makes sense."""
-    nested = config.get("text_config")
+    nested = config.get(NESTED)
     for source in (config, nested if isinstance(nested, Mapping) else {}):
         for key in LAYER_COUNTS:
             value = source.get(key)

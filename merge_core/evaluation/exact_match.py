@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 
 from merge_core.errors import MergeCoreError, Unmergeable
 from merge_core.evaluation.loading import load_model
-from merge_core.operators.threads import one_thread_each
 from merge_core.zoo.domains import BOS, DOMAINS, EOS, LENGTH, SPLITS, VOCABULARY, Domain, Item, encode, items
 from merge_core.zoo.domains import decode as text_of
+from merge_core.zoo.threads import one_thread_each
 
 _BATCH = 128
 

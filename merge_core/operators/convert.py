@@ -1,4 +1,4 @@
-"""Between stored bytes and float32: the only file beside the kernels where the bits of a merge are made.
+"""Between stored bytes and float32: what comes before every formula, and after it.
 
 Widening is exact but for F64, which is rounded; narrowing rounds to nearest, to even. Subnormals are kept; a
 NaN is written as one pattern, since vector units disagree about its payload.

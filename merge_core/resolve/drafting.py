@@ -42,12 +42,7 @@ def draft(recipe: Recipe, headers: Mapping[str, ModelHeader]) -> Draft:
     drafted = _resolve(recipe, headers, THREADS)
     problems = drafted.estimate.problems
     if problems:
-        more = len(problems) - 1
-        raise Unmergeable(
-            problems[0] + (f" (and {more} more)" if more else ""),
-            problems=problems,
-            hint="choose models of one architecture, then: weft plan RECIPE",
-        )
+        raise Unmergeable.of(problems, hint="choose models of one architecture, then: weft plan RECIPE")
     return drafted
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from merge_core.checkpoint.manifest import FileRecord, Manifest
 from merge_core.checkpoint.reader import Checkpoint, file_record, read_recorded
 from merge_core.checkpoint.source import TensorInfo
+from merge_core.config_keys import stated
 from merge_core.errors import CorruptCheckpoint
 from merge_core.functional import output_config, step_files
 from merge_core.plan import Step
@@ -33,9 +34,8 @@ class ModelHeader:
     contents: Files = field(default=absent, compare=False, repr=False)
 
     def stated(self, key: str) -> Any:
-        """What the config says, or else its text_config; None where neither says anything."""
-        nested = self.config.get("text_config")
-        return self.config.get(key, nested.get(key) if isinstance(nested, Mapping) else None)
+        """What the config says of a key; None where it says nothing."""
+        return stated(self.config, key)
 
 
 def header_of(checkpoint: Checkpoint) -> ModelHeader:

@@ -14,6 +14,7 @@ from typing import Any
 from merge_core.checkpoint.layout import Role, place
 from merge_core.checkpoint.manifest import MAX_FUNCTIONAL_FILE
 from merge_core.checkpoint.source import TensorInfo
+from merge_core.config_keys import NESTED, stated
 from merge_core.errors import Unmergeable
 from merge_core.tokenizer.choice import BASE, UNION, ModelToken, TokenChoice, TokenizerChoice
 from merge_core.tokenizer.plan import FromToken, Rule, TokenizerPlan
@@ -37,8 +38,7 @@ class Settled:
 
 def token_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> frozenset[str]:
     """The tensors of a model that have one row for each token: the embedding, the head and its bias."""
-    nested = config.get("text_config")
-    rows = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, Mapping) else None)
+    rows = stated(config, "vocab_size")
     return frozenset(
         name
         for name, info in tensors.items()
@@ -95,10 +95,8 @@ def config_changes(plan: TokenizerPlan, donor: Mapping[str, Any], giver: Mapping
     `giver` is the config of the model whose tokenizer it is: the tokens that a model names by id are its.
     """
     changed = {key: giver[key] for key in _NAMED if key in giver and giver[key] != donor.get(key)}
-    nested = donor.get("text_config")
-    if "vocab_size" not in donor and isinstance(nested, Mapping):
-        return changed | {"text_config.vocab_size": plan.rows}
-    return changed | {"vocab_size": plan.rows}
+    is_nested = "vocab_size" not in donor and isinstance(donor.get(NESTED), Mapping)
+    return changed | {f"{NESTED}.vocab_size" if is_nested else "vocab_size": plan.rows}
 
 
 def _unread(choice: TokenizerChoice, models: Mapping[str, int]) -> TokenizerPlan:

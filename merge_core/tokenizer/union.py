@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from merge_core.checkpoint.reader import parse_config
+from merge_core.config_keys import stated
 from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
 from merge_core.tokenizer.plan import MAX_ROWS, TokenizerPlan
 from merge_core.tokenizer.vocabulary import (
@@ -139,12 +140,8 @@ def _union(first: Vocabulary, others: Sequence[Vocabulary]) -> list[AddedToken]:
 def _rows_of(files: Mapping[str, bytes]) -> int | None:
     """The number of tokens that a model has rows for, as its config states it."""
     config = parse_config(files["config.json"]) if "config.json" in files else {}
-    nested = config.get("text_config")
-    for source in (config, nested if isinstance(nested, dict) else {}):
-        rows = source.get("vocab_size")
-        if type(rows) is int and 0 < rows <= MAX_ROWS:
-            return rows
-    return None
+    rows = stated(config, "vocab_size")
+    return rows if type(rows) is int and 0 < rows <= MAX_ROWS else None
 
 
 def _within_rows(files: Mapping[str, bytes]) -> tuple[Vocabulary, Mapping[str, bytes]]:

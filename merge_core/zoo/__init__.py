@@ -6,6 +6,7 @@
 domains   the character tasks and their fixed splits
 training  the base and the experts
 build     ordinary Hugging Face directories on disk, reused when they are complete
+threads   torch without threads of its own
 
 An expert has trained on its own domain, and on the *prompts* of the others: there it only learns to keep
 the base's predictions. Seeds change initialisation and batch order, never the data.

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
-from merge_core.operators.threads import one_thread_each
 from merge_core.zoo.domains import BOS, EOS, FIRST_CHARACTER, PAD, VOCABULARY
+from merge_core.zoo.threads import one_thread_each
 from merge_core.zoo.training import RECIPES, Progress, TrainingRecipe, train_base, train_expert
 
 _RECORD = "zoo.json"

@@ -81,12 +81,7 @@ class Checked:
             return None
         if len(problems) == len(self.faults):
             return self.faults[0]
-        more = len(problems) - 1
-        return Unmergeable(
-            problems[0] + (f" (and {more} more)" if more else ""),
-            problems=problems,
-            hint="choose models that fit, then: weft check RECIPE",
-        )
+        return Unmergeable.of(problems, hint="choose models that fit, then: weft check RECIPE")
 
     def to_json(self) -> dict[str, Any]:
         """The check for `--json`."""

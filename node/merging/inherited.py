@@ -38,11 +38,8 @@ class Inherited:
     def refuse(self) -> None:
         """Raise Unmergeable where a parent forbids merges."""
         if self.problems:
-            more = len(self.problems) - 1
-            raise Unmergeable(
-                self.problems[0] + (f" (and {more} more)" if more else ""),
-                problems=self.problems,
-                hint="choose models whose licences allow derivatives, then: weft check RECIPE",
+            raise Unmergeable.of(
+                self.problems, hint="choose models whose licences allow derivatives, then: weft check RECIPE"
             )
 
 
