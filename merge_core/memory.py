@@ -87,7 +87,7 @@ def _working_set(
         block = min(length, max(block, row))
     sizes = [dtypes.SIZES[_info(o.source, o.tensor, inputs, steps).dtype] for o in tensor.operands]
     stored = sum(elements * size + 2 * merkle.LEAF_SIZE for size in sizes)
-    measured = 4 * elements * (2 * len(sizes) + 2) if operator.measure else 0
+    measured = 4 * elements * (2 * len(sizes) + 2) if operator.passes(tensor.parameters) else 0
     computed = 4 * block * (4 * len(sizes) + 6)
     return stored + measured + computed + elements * dtypes.SIZES[tensor.dtype]
 

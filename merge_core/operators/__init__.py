@@ -6,6 +6,7 @@ base         what an operator declares and the rules that keep its bits
 convert      stored bytes to float32 and back
 kernels      the compiled steps of the formulas that many merges use
 reductions   sums over a tensor with fixed bits
+weighted     weighted sums
 scratch      memory that a thread uses again for every chunk
 task_vectors, trimming, chance, consensus     what the operators on task vectors share
 breadcrumbs  dare  della  karcher  linear  model_stock  nearswap  nuslerp  passthrough  ram  ramplus_tl

@@ -43,6 +43,10 @@ Array: TypeAlias = NDArray[np.float32]
 T = TypeVar("T")
 
 
+LIBM = 2.0**-22
+"""The slack of a traced float32 that was computed with libm, whose last bits differ: two of its roundings."""
+
+
 class Exactness(Enum):
     """What an audit can demand of an operator's output."""
 
@@ -141,10 +145,12 @@ class Operator:
 
     `experts` bounds the number of operands that are not the base. `fixed` holds settings of mergekit's that a
     recipe may spell out but not change. `over_base` takes this operator's place where a recipe has a
-    base_model: the same parameters, another formula. `passes` is how often `measure` reads the tensors, at
-    most. `traces` names what `measure` returns for the given parameters and number of experts, with the
-    number of values and whether they are ints. With `rows` every chunk consists of whole rows,
-    with `chance` it comes with keys. `conflict` says why values that are each in range do not fit together.
+    base_model: the same parameters, another formula. `passes` is how often `measure` reads the tensors with
+    the given parameters, at most. `traces` names what `measure` returns for the given parameters and number
+    of experts, with the number of values and whether they are ints; `slack` is how far, relatively, floats
+    may lie from what an audit measures: LIBM where sin, acos, exp or log gave them, and else not at all. With
+    `rows` every chunk consists of whole rows, with `chance` it comes with keys. `conflict` says why values
+    that are each in range do not fit together.
     """
 
     name: str
@@ -156,8 +162,9 @@ class Operator:
     apply: Apply
     compiled: Compiled | None = None
     measure: Measure | None = None
-    passes: int = 0
+    passes: Callable[[Parameters], int] = lambda parameters: 0
     traces: Callable[[Parameters, int], Mapping[str, tuple[int, type]]] = lambda parameters, experts: {}
+    slack: float = 0.0
     rows: bool = False
     chance: bool = False
     conflict: Callable[[Parameters], str | None] = lambda parameters: None
@@ -191,38 +198,3 @@ def each(parameters: Parameters, name: str) -> tuple[float, ...]:
     if not isinstance(value, tuple):
         raise TypeError(f"{name} is given once for all experts")
     return value
-
-
-def weighted_sum(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
-    """Σ wᵢ·xᵢ, left to right; each product and each sum is rounded to float32."""
-    total = tensors[0] * single(weights[0])
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total = total + tensor * single(weight)
-    return total
-
-
-def weighted_sum_into(arrays: tuple[Array, ...], weights: tuple[float, ...], out: Array) -> None:
-    """`weighted_sum`, compiled."""
-    from merge_core.operators import kernels
-
-    kernels.scale(arrays[0], np.float32(weights[0]), out)
-    for array, weight in zip(arrays[1:], weights[1:], strict=True):
-        kernels.add_scaled(array, np.float32(weight), out)
-
-
-def divide_by(divisor: float, out: Array) -> None:
-    """Divide by a float32 in place, compiled."""
-    from merge_core.operators import kernels
-
-    kernels.divide(out, np.float32(divisor))
-
-
-def sum_of(weights: tuple[float, ...]) -> float:
-    """Σ wᵢ left to right in float64, then float32; 1 where it vanishes, as mergekit has it.
-
-    A loop, because from Python 3.12 on `sum` compensates and so rounds differently.
-    """
-    total = 0.0
-    for weight in weights:
-        total += weight
-    return 1.0 if abs(total) < 1e-8 else single(total)

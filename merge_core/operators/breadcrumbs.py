@@ -66,7 +66,7 @@ _BREADCRUMBS = Thinning(
     ),
     norm="rescale",
     measure=_measure,
-    passes=3,
+    passes=lambda parameters: 3 if any(d < 1.0 for d in each(parameters, "density")) else 0,
     traces=("threshold", "last", "outlier_threshold", "outlier_last"),
 )
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from merge_core.operators.base import (
-    Array,
-    Chunk,
+    LIBM,
     Exactness,
     Operator,
     Parameter,
@@ -23,12 +21,8 @@ from merge_core.operators.base import (
     Traced,
     number,
     single,
-    weighted_sum,
-    weighted_sum_into,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merge_core.operators.weighted import by_factors, by_factors_into
 
 CANCELLED = 1e-7
 """The length below which a sum of unit vectors, or an angle, is what float64 leaves of zero in products."""
@@ -121,15 +115,6 @@ def _scaled(values: Sequence[float], factor: float) -> list[float]:
     return [value * factor for value in values]
 
 
-def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
-    """Add the models, each times its traced coefficient."""
-    return weighted_sum(chunk.tensors, traced["factors"])
-
-
-def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
-    weighted_sum_into(chunk.arrays, traced["factors"], out)
-
-
 KARCHER = Operator(
     name="karcher",
     cite="doi:10.1002/cpa.3160300502",
@@ -140,9 +125,10 @@ KARCHER = Operator(
         Parameter(name="max_iter", default=10.0, low=0.0, high=10_000.0),
         Parameter(name="tol", default=1e-5, low=0.0),
     ),
-    apply=_apply,
-    compiled=_compiled,
+    apply=by_factors,
+    compiled=by_factors_into,
     measure=_measure,
-    passes=1,
+    passes=lambda parameters: 1,
+    slack=LIBM,
     traces=lambda parameters, experts: {"factors": (experts, float)},
 )

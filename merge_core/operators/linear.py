@@ -4,20 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merge_core.operators.base import (
-    Array,
-    Chunk,
-    Exactness,
-    Operator,
-    Parameter,
-    Parameters,
-    Traced,
-    divide_by,
-    each,
-    sum_of,
-    weighted_sum,
-    weighted_sum_into,
-)
+from merge_core.operators.base import Array, Chunk, Exactness, Operator, Parameter, Parameters, Traced, each
+from merge_core.operators.weighted import divide_by, sum_of, weighted_sum, weighted_sum_into
 
 if TYPE_CHECKING:
     from torch import Tensor

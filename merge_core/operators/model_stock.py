@@ -13,17 +13,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from merge_core.operators.base import (
-    Array,
-    Chunk,
-    Exactness,
-    Operator,
-    Parameters,
-    Stream,
-    Traced,
-    weighted_sum,
-    weighted_sum_into,
-)
+from merge_core.operators.base import Array, Chunk, Exactness, Operator, Parameters, Stream, Traced
+from merge_core.operators.weighted import weighted_sum, weighted_sum_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +68,7 @@ MODEL_STOCK = Operator(
     apply=_apply,
     compiled=_compiled,
     measure=_measure,
-    passes=1,
+    passes=lambda parameters: 1,
     traces=lambda parameters, experts: {"t": (1, float)},
     fixed={"filter_wise": False},
 )

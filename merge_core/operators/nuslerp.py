@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from merge_core.operators.base import (
+    LIBM,
     Array,
     Chunk,
     Exactness,
@@ -25,10 +26,9 @@ from merge_core.operators.base import (
     Stream,
     Traced,
     each,
-    single,
-    weighted_sum,
-    weighted_sum_into,
 )
+from merge_core.operators.slerp import along
+from merge_core.operators.weighted import by_factors, by_factors_into, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +50,7 @@ def factors(dot: float, square_a: float, square_b: float, t: float) -> tuple[flo
     """The factors (float32 values) of a and b at `t` for their inner product and squared norms."""
     norms = max(math.sqrt(square_a), VANISHING) * max(math.sqrt(square_b), VANISHING)
     cosine = max(-1.0, min(1.0, dot / norms))
-    if (1.0 - cosine) * (1.0 + cosine) <= COLLINEAR:
-        return single(1.0 - t), single(t)
-    angle = math.acos(cosine)
-    sine = math.sin(angle)
-    return single(math.sin((1.0 - t) * angle) / sine), single(math.sin(t * angle) / sine)
+    return along(cosine, t, straight=(1.0 - cosine) * (1.0 + cosine) <= COLLINEAR)
 
 
 def _measure(stream: Stream, parameters: Parameters, *, deltas: bool = False) -> Traced:
@@ -67,15 +63,6 @@ def _measure(stream: Stream, parameters: Parameters, *, deltas: bool = False) ->
 
 def _measure_deltas(stream: Stream, parameters: Parameters) -> Traced:
     return _measure(stream, parameters, deltas=True)
-
-
-def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
-    """Add the two tensors, each times its traced factor."""
-    return weighted_sum(chunk.tensors, traced["factors"])
-
-
-def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
-    weighted_sum_into(chunk.arrays, traced["factors"], out)
 
 
 def _apply_deltas(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
@@ -104,7 +91,8 @@ _DELTAS = Operator(
     apply=_apply_deltas,
     compiled=_compiled_deltas,
     measure=_measure_deltas,
-    passes=1,
+    passes=lambda parameters: 1,
+    slack=LIBM,
     traces=lambda parameters, experts: {"factors": (2, float)},
     fixed={"nuslerp_flatten": True, "nuslerp_row_wise": False},
 )
@@ -116,10 +104,11 @@ NUSLERP = Operator(
     needs_base=False,
     experts=(2, 2),
     parameters=_DELTAS.parameters,
-    apply=_apply,
-    compiled=_compiled,
+    apply=by_factors,
+    compiled=by_factors_into,
     measure=_measure,
-    passes=1,
+    passes=lambda parameters: 1,
+    slack=LIBM,
     traces=_DELTAS.traces,
     fixed=_DELTAS.fixed,
     over_base=_DELTAS,

@@ -18,8 +18,8 @@ from merge_core.operators.base import (
     Traced,
     each,
     single,
-    weighted_sum_into,
 )
+from merge_core.operators.weighted import weighted_sum_into
 
 if TYPE_CHECKING:
     from torch import Tensor

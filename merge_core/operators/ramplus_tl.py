@@ -75,6 +75,6 @@ RAMPLUS_TL = Operator(
     apply=_apply,
     compiled=_compiled,
     measure=_measure,
-    passes=1,
+    passes=lambda parameters: 1,
     traces=lambda parameters, experts: {"shared": (experts, int), "unique": (experts, int)},
 )

@@ -7,7 +7,7 @@ elementwise additions, which every machine rounds alike); the blocks are added i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -37,14 +37,22 @@ def gram(stream: Stream, *, deltas: bool = False) -> list[list[float]]:
         vectors = _deltas(chunk) if deltas else chunk.arrays
         return [block_dots(x, y) for x, y in combinations_with_replacement(vectors, 2)]
 
+    return _square(totals(stream, products))
+
+
+def totals(stream: Stream, of: Callable[[Chunk], Sequence[Sequence[float]]]) -> list[float]:
+    """Add up, each from left to right, what `of` lists of every chunk for some quantities.
+
+    Raises Unmergeable when one is not finite.
+    """
     sums: list[float] = []
-    for blocks in stream.map(products):
-        sums = sums or [0.0] * len(blocks)
-        for pair, values in enumerate(blocks):
+    for found in stream.map(of):
+        sums = sums or [0.0] * len(found)
+        for quantity, values in enumerate(found):
             for value in values:
-                sums[pair] += value
+                sums[quantity] += value
     require_finite(sums)
-    return _square(sums)
+    return sums
 
 
 def require_finite(sums: Iterable[float]) -> None:

@@ -97,7 +97,7 @@ def _spread_of(chunk: Chunk) -> Array:
 
 def _weights(stream: Stream, parameters: Parameters, cut: Cut) -> tuple[float, ...]:
     """Each expert's share of Σδ², in float64."""
-    from merge_core.operators.reductions import block_dots, require_finite
+    from merge_core.operators.reductions import block_dots, totals
 
     def squares(chunk: Chunk) -> list[list[float]]:
         sums: list[list[float]] = [[] for _ in chunk.arrays[1:]]
@@ -106,13 +106,7 @@ def _weights(stream: Stream, parameters: Parameters, cut: Cut) -> tuple[float, .
                 sums[expert] += block_dots(row, row)
         return sums
 
-    energies: list[float] = []
-    for sums in stream.map(squares):
-        energies = energies or [0.0] * len(sums)
-        for expert, values in enumerate(sums):
-            for value in values:
-                energies[expert] += value
-    require_finite(energies)
+    energies = totals(stream, squares)
     total = 0.0
     for energy in energies:
         total += energy
@@ -149,7 +143,7 @@ SCE = Operator(
     apply=_apply,
     compiled=_compiled,
     measure=_measure,
-    passes=4,
+    passes=lambda parameters: 4 if 0.0 < number(parameters, "select_topk") < 1.0 else 1,
     traces=lambda parameters, experts: {
         "threshold": (1, int),
         "last": (1, int),

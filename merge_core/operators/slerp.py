@@ -8,11 +8,9 @@ the whole tensor in float64 and from libm, and are applied as float32.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from merge_core.operators.base import (
-    Array,
-    Chunk,
+    LIBM,
     Exactness,
     Operator,
     Parameter,
@@ -21,11 +19,8 @@ from merge_core.operators.base import (
     Traced,
     number,
     single,
-    weighted_sum_into,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merge_core.operators.weighted import by_factors, by_factors_into
 
 COLLINEAR = 0.9995
 """The cosine, either way, beyond which the circle is a line: mergekit's threshold."""
@@ -45,21 +40,16 @@ def _measure(stream: Stream, parameters: Parameters) -> Traced:
 def factors(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float]:
     """The factors (float32 values) of a and b at `t` for their inner product and norms."""
     cosine = dot / (norm_a if norm_a > VANISHING else 1.0) / (norm_b if norm_b > VANISHING else 1.0)
-    if abs(cosine) > COLLINEAR:
+    return along(cosine, t, straight=abs(cosine) > COLLINEAR)
+
+
+def along(cosine: float, t: float, *, straight: bool) -> tuple[float, float]:
+    """The factors of two vectors on the great circle between them, or on the straight line."""
+    if straight:
         return single(1.0 - t), single(t)
     angle = math.acos(cosine)
     sine = math.sin(angle)
     return single(math.sin((1.0 - t) * angle) / sine), single(math.sin(t * angle) / sine)
-
-
-def _apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
-    """Add the two tensors, each times its traced factor."""
-    (a, b), (factor_a, factor_b) = chunk.tensors, traced["factors"]
-    return a * single(factor_a) + b * single(factor_b)
-
-
-def _compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
-    weighted_sum_into(chunk.arrays, traced["factors"], out)
 
 
 SLERP = Operator(
@@ -69,9 +59,10 @@ SLERP = Operator(
     needs_base=True,
     experts=(1, 1),
     parameters=(Parameter(name="t"),),
-    apply=_apply,
-    compiled=_compiled,
+    apply=by_factors,
+    compiled=by_factors_into,
     measure=_measure,
-    passes=1,
+    passes=lambda parameters: 1,
+    slack=LIBM,
     traces=lambda parameters, experts: {"factors": (2, float)},
 )

@@ -27,14 +27,13 @@ from merge_core.operators.base import (
     Parameters,
     Stream,
     Traced,
-    divide_by,
     each,
     number,
     single,
-    sum_of,
 )
 from merge_core.operators.consensus import agreeing, agreeing_into
 from merge_core.operators.scratch import scratch
+from merge_core.operators.weighted import divide_by, sum_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +83,7 @@ class Thinning:
     parameters: tuple[Parameter, ...] = ()
     norm: str | None = None
     measure: Measure | None = None
-    passes: int = 0
+    passes: Callable[[Parameters], int] = lambda parameters: 0
     traces: tuple[str, ...] = ()
     rows: bool = False
     chance: bool = False
@@ -160,7 +159,7 @@ def operator(name: str, thinning: Thinning, *, consensus: bool, normalize: bool)
         apply=apply,
         compiled=compiled,
         measure=measure if thinning.measure or thinning.norm else None,
-        passes=thinning.passes + (thinning.norm is not None),
+        passes=lambda parameters: thinning.passes(parameters) + thinning.restores_norm(parameters),
         traces=traces,
         rows=thinning.rows,
         chance=thinning.chance,

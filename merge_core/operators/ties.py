@@ -49,7 +49,7 @@ TIES = operator(
         parameters=(DENSITY, Parameter(name="rescale", default=False, flag=True)),
         norm="rescale",
         measure=_measure,
-        passes=3,
+        passes=lambda parameters: 3 if any(0.0 < d < 1.0 for d in each(parameters, "density")) else 0,
         traces=("threshold", "last"),
     ),
     consensus=True,

@@ -61,5 +61,5 @@ class _Reading:
         once = {}
         for tensor in step.tensors:
             once[tensor.name] = sum(self.once[o.source][o.tensor] for o in tensor.operands)
-            self.measured += find(tensor.operator).passes * once[tensor.name]
+            self.measured += find(tensor.operator).passes(tensor.parameters) * once[tensor.name]
         self.once.append(once)
