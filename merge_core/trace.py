@@ -1,14 +1,15 @@
 """The Trace: what execution had to compute from the weights before it could merge them.
 
 Angles and thresholds, tensor by tensor. An attestation binds its digest; an audit computes the values again,
-allows floats the last bits (they come from libm), and then applies the claimed ones exactly, so that every
-leaf follows from the plan, the Trace and the inputs. `Trace.parse(plan, trace.to_bytes()) == trace`.
+allows those that come from libm the last bits of a float32, and then applies the claimed ones exactly, so
+that every leaf follows from the plan, the Trace and the inputs.
+`Trace.parse(plan, trace.to_bytes()) == trace`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,8 +20,8 @@ from merge_core.operators.base import Traced
 from merge_core.plan import MergePlan, Step, TensorPlan, trace_shape
 
 MAX_TRACE = 64 << 20
-TOLERANCE = 1e-6
-"""How far, relatively, a float may lie from what an audit computes: it is one float32 rounding and libm."""
+_NOISE = 2.0**-40
+"""What libm leaves of a zero, beside the largest value of the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +99,21 @@ def read_values(tensor: TensorPlan, value: Any) -> Traced:
     return traced
 
 
-def close(claimed: Traced, computed: Traced) -> bool:
-    """Whether two traces of one tensor agree: integers exactly, floats within TOLERANCE."""
+def close(claimed: Traced, computed: Traced, slack: float) -> bool:
+    """Whether two traces of one tensor agree: exactly, or floats by the `slack` of their operator."""
     return claimed.keys() == computed.keys() and all(
-        len(claimed[name]) == len(computed[name]) and all(map(_agree, claimed[name], computed[name]))
-        for name in claimed
+        _agree(claimed[name], computed[name], slack) for name in claimed
     )
 
 
-def _agree(claimed: float, computed: float) -> bool:
-    if isinstance(claimed, int) or isinstance(computed, int):
-        return claimed == computed
-    return math.isclose(claimed, computed, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+def _agree(claimed: Sequence[float], computed: Sequence[float], slack: float) -> bool:
+    if len(claimed) != len(computed):
+        return False
+    noise = _NOISE * max(map(abs, computed), default=0.0) if slack else 0.0
+    return all(
+        c == d or (isinstance(d, float) and math.isclose(c, d, rel_tol=slack, abs_tol=noise))
+        for c, d in zip(claimed, computed, strict=True)
+    )
 
 
 def _float(item: Any) -> float:
