@@ -3,7 +3,7 @@
 CPU comes from the kernel's accounts (`wait4`, which counts children that were waited for). Memory is sampled
 every 20 ms over the tree, and the largest sum counts. Two sums are kept. `rss` is VmRSS of every process:
 what `top` shows, mapped files included, a page that two processes share counted twice. `private` leaves file
-pages out (RssAnon + RssShmem): neither mapped checkpoints nor libraries count, only what must stay in RAM.
+pages out (RssAnon): neither mapped checkpoints nor libraries count, only what must stay in RAM.
 """
 
 from __future__ import annotations
@@ -105,5 +105,5 @@ def _memory(pid: int) -> tuple[int, int]:
     fields = {
         name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines) if rest.split()
     }
-    kib = {name: int(fields.get(name, 0)) for name in ("VmRSS", "RssAnon", "RssShmem")}
-    return 1024 * kib["VmRSS"], 1024 * (kib["RssAnon"] + kib["RssShmem"])
+    kib = {name: int(fields.get(name, 0)) for name in ("VmRSS", "RssAnon")}
+    return 1024 * kib["VmRSS"], 1024 * kib["RssAnon"]
