@@ -52,6 +52,12 @@ DECLARATIVE = [
     "merge_core.recipe",
     "merge_core.plan",
     "merge_core.trace",
+    "merge_core.resolve",
+    "merge_core.memory",
+    "merge_core.report",
+    "merge_core.journal",
+    "merge_core.functional",
+    "merge_core.tokenizer.resolve",
     "merge_core.operators",
     "merge_core.checkpoint.reader",
     "merge_core.checkpoint.writer",
@@ -155,8 +161,8 @@ def _module(name: str, known: dict[str, Path]) -> str | None:
 
 
 @pytest.mark.parametrize("module", DECLARATIVE)
-def test_what_the_command_line_loads_brings_neither_torch_nor_libp2p(module: str) -> None:
-    heavy = "('torch', 'libp2p', 'trio', 'transformers')"
+def test_what_the_command_line_loads_brings_neither_torch_nor_numba_nor_libp2p(module: str) -> None:
+    heavy = "('torch', 'numba', 'libp2p', 'trio', 'transformers', 'tokenizers')"
     script = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -8,6 +8,7 @@ kernels      the compiled steps of the formulas that many merges use
 reductions   sums over a tensor with fixed bits
 weighted     weighted sums
 scratch      memory that a thread uses again for every chunk
+testing      an operator held to its declaration, for the tests of whoever writes one
 task_vectors, trimming, chance, consensus     what the operators on task vectors share
 breadcrumbs  dare  della  karcher  linear  model_stock  nearswap  nuslerp  passthrough  ram  ramplus_tl
 sce  slerp  task_arithmetic  ties             the formulas

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,38 +14,18 @@ from hypothesis import strategies as st
 
 from merge_core.errors import Unmergeable
 from merge_core.operators import METHODS
-from merge_core.operators.base import Chunk, Parameters, single
+from merge_core.operators.base import Parameters, single
 from merge_core.operators.reductions import block_dots
 from merge_core.operators.slerp import factors
+from merge_core.operators.testing import trial
 from merge_core.operators.trimming import kept
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-class Whole:
-    """Inputs in memory as a Stream; `chunk` elements at a time."""
-
-    def __init__(self, tensors: list[torch.Tensor], chunk: int) -> None:
-        self.tensors = tensors
-        self.length = tensors[0].numel()
-        self.chunk = chunk
-
-    def map(self, function: Callable[[Chunk], Any]) -> Iterator[Any]:
-        for start in range(0, self.length, self.chunk):
-            arrays = tuple(t[start : start + self.chunk].numpy() for t in self.tensors)
-            yield function(Chunk(arrays=arrays, start=start, row=self.length))
-
-
 def merged(name: str, tensors: list[torch.Tensor], parameters: Parameters, chunk: int = 4096) -> torch.Tensor:
-    stream, operator = Whole(tensors, chunk), METHODS[name]
-    traced = operator.measure(stream, parameters) if operator.measure else {}
-    formula = torch.cat(list(stream.map(lambda c: operator.apply(c, parameters, traced))))
-    if operator.compiled is not None:
-        out = torch.empty_like(formula)
-        for c in stream.map(lambda c: c):
-            operator.compiled(c, parameters, traced, out[c.start : c.start + chunk].numpy())
-        assert out.numpy().tobytes() == formula.numpy().tobytes(), "the kernel is not the formula"
-    return formula
+    """The output, by formula and kernel."""
+    return torch.from_numpy(trial(METHODS[name], [t.numpy() for t in tensors], parameters, chunk=chunk))
 
 
 def ties_by_definition(base: Array, experts: list[Array], p: Parameters) -> Array:
@@ -220,12 +198,3 @@ def test_a_block_is_folded_by_halves() -> None:
 def test_weights_meet_tensors_as_float32() -> None:
     assert single(0.1) == float(np.float32(0.1)) != 0.1
     assert single(1e300) == math.inf
-
-
-def test_naming_operators_and_reading_recipes_imports_no_torch() -> None:
-    code = (
-        "import sys, merge_core.recipe, merge_core.resolve, merge_core.trace, merge_core.functional, "
-        "merge_core.journal; print({'torch', 'numba'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations, permutations
 from typing import Any
 
@@ -14,53 +14,16 @@ from hypothesis import strategies as st
 
 from merge_core.errors import Unmergeable
 from merge_core.operators import METHODS, find, names
-from merge_core.operators.base import Array, Chunk, Parameters, Traced
+from merge_core.operators.base import Array, Parameters, Traced
 from merge_core.operators.karcher import mean_on_sphere
+from merge_core.operators.testing import Held, computed, trial
 
 Wide = np.ndarray[Any, np.dtype[np.float64]]
 
 
-class Held:
-    """Arrays in memory as a Stream; an empty tensor is one empty chunk, as it is in the engine."""
-
-    def __init__(self, arrays: Sequence[Array], chunk: int) -> None:
-        self.arrays = arrays
-        self.length = len(arrays[0])
-        self.chunk = chunk
-
-    def map(self, function: Callable[[Chunk], Any]) -> Iterator[Any]:
-        for start in range(0, self.length or 1, self.chunk):
-            arrays = tuple(a[start : start + self.chunk] for a in self.arrays)
-            yield function(Chunk(arrays=arrays, start=start, row=max(1, self.length)))
-
-
-def same_bits(a: Array, b: Array) -> bool:
-    """Whether two arrays hold the same bits, but for what a NaN carries."""
-    return bool(np.all((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))))
-
-
-def computed(name: str, stream: Held, parameters: Parameters, traced: Traced) -> Array:
-    """The output by the kernel, which has to be that of the formula to the bit."""
-    operator = find(name)
-    assert operator.compiled is not None
-    out = np.full(stream.length, np.float32(7.0))
-    for chunk in stream.map(lambda c: c):
-        part = out[chunk.start : chunk.start + stream.chunk]
-        operator.compiled(chunk, parameters, traced, part)
-        assert same_bits(part, operator.apply(chunk, parameters, traced).numpy()), name
-    return out
-
-
 def merged(name: str, inputs: Sequence[Sequence[float] | Array], p: Parameters, chunk: int = 4096) -> Array:
-    """Measure and compute; what was measured is what the operator declares."""
-    stream, operator = Held([np.asarray(i, np.float32) for i in inputs], chunk), find(name)
-    traced = operator.measure(stream, p) if operator.measure else {}
-    shape = operator.traces(p, len(inputs) - operator.needs_base)
-    assert shape.keys() == traced.keys()
-    assert all(
-        (len(traced[key]), {*map(type, traced[key])}) == (n, {kind}) for key, (n, kind) in shape.items()
-    )
-    return computed(name, stream, p, traced)
+    """The output, by formula and kernel."""
+    return trial(find(name), [np.asarray(i, np.float32) for i in inputs], p, chunk=chunk)
 
 
 SETTINGS: dict[str, Parameters] = {
@@ -316,7 +279,7 @@ def test_the_kernel_has_the_bits_of_the_formula_whatever_it_is_given(name: str, 
     count, size = COUNTS.get(name) or data.draw(st.integers(3, 5)), data.draw(st.integers(0, 40))
     rows = [data.draw(st.lists(ANY_FLOAT, min_size=size, max_size=size)) for _ in range(count)]
     traced = TRACED.get(name, lambda experts: {})(count - find(name).needs_base)
-    computed(name, Held([np.array(row, np.float32) for row in rows], 4096), SETTINGS[name], traced)
+    computed(Held(find(name), [np.array(row, np.float32) for row in rows]), SETTINGS[name], traced)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute import Material, audit, run
 from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import find, kernels
-from merge_core.operators.base import Array, Chunk, Parameters, Traced
+from merge_core.operators.base import Array, Chunk, Parameters
 from merge_core.operators.breadcrumbs import counts
 from merge_core.operators.chance import draws, halves, limit, philox
 from merge_core.operators.della import limits
+from merge_core.operators.testing import Held, computed, same_bits, trial
 from merge_core.operators.trimming import NOTHING, Cut, cut_at, cuts, delta_magnitudes, trace_cuts, uppers
 from merge_core.recipe import parse
 from merge_core.resolve import ModelHeader, check, draft, header_of
@@ -38,45 +39,6 @@ VECTORS = (*CHANCE, *TRIMMED, "task_arithmetic")
 OPERATORS = (*VECTORS, "sce")
 
 
-class Held:
-    """Arrays in memory as a Stream of chunks: in whole rows on demand, which overlap as the engine's do."""
-
-    def __init__(self, arrays: Sequence[Array], chunk: int, row: int, rows: bool) -> None:
-        self.arrays = arrays
-        self.length = len(arrays[0])
-        self.row = row
-        self._chunk = chunk
-        self._rows = rows
-
-    def at(self, start: int, stop: int) -> Chunk:
-        return Chunk(
-            arrays=tuple(a[start:stop] for a in self.arrays),
-            start=start,
-            row=self.row,
-            keys=KEYS[: self.experts],
-        )
-
-    @property
-    def experts(self) -> int:
-        return len(self.arrays) - 1
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.length or 1, self._chunk):
-            stop = min(start + self._chunk, self.length)
-            if self._rows:
-                start, stop = start // self.row * self.row, -(-stop // self.row) * self.row
-            yield start, stop
-
-    def map(self, function: Callable[[Chunk], Any]) -> Iterator[Any]:
-        for start, stop in self.spans():
-            yield function(self.at(start, stop))
-
-
-def same_bits(a: Array, b: Array) -> bool:
-    """Whether two arrays hold the same bits, but for what a NaN carries."""
-    return bool(np.all((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))))
-
-
 def complete(name: str, experts: int, given: Parameters) -> Parameters:
     """The parameters of an operator: those given, one value standing for every expert, and the defaults."""
     chosen = {"weight": 1.0} | given
@@ -88,19 +50,6 @@ def complete(name: str, experts: int, given: Parameters) -> Parameters:
     }
 
 
-def computed(name: str, stream: Held, parameters: Parameters, traced: Traced) -> Array:
-    """The output by the kernel, which has to be that of the formula to the bit."""
-    operator = find(name)
-    assert operator.compiled is not None
-    result = np.full(stream.length, np.float32(7.0))
-    for start, stop in stream.spans():
-        out, chunk = np.full(stop - start, np.float32(8.0)), stream.at(start, stop)
-        operator.compiled(chunk, parameters, traced, out)
-        assert same_bits(out, operator.apply(chunk, parameters, traced).numpy()), name
-        result[start:stop] = out
-    return result
-
-
 def merged(
     name: str,
     inputs: Sequence[Sequence[float] | Array],
@@ -109,17 +58,10 @@ def merged(
     row: int | None = None,
     **parameters: Any,
 ) -> Array:
-    """Measure and compute; what was measured is what the operator declares."""
+    """The output, by formula and kernel, for parameters as `complete` takes them."""
     arrays = [np.asarray(i, np.float32) for i in inputs]
-    operator, resolved = find(name), complete(name, len(arrays) - 1, parameters)
-    stream = Held(arrays, chunk, row or max(1, len(arrays[0])), operator.rows)
-    traced = operator.measure(stream, resolved) if operator.measure else {}
-    shape = operator.traces(resolved, len(arrays) - 1)
-    assert shape.keys() == traced.keys()
-    assert all(
-        (len(traced[key]), {*map(type, traced[key])}) == (n, {kind}) for key, (n, kind) in shape.items()
-    )
-    return computed(name, stream, resolved, traced)
+    resolved = complete(name, len(arrays) - 1, parameters)
+    return trial(find(name), arrays, resolved, chunk=chunk, row=row, keys=KEYS)
 
 
 def trio(weights: Callable[..., torch.Tensor], length: int, experts: int = 2) -> list[Array]:
@@ -355,8 +297,8 @@ def test_fewer_outliers_go_where_the_density_would_not_be_reached(
 
 def test_the_trace_of_breadcrumbs_holds_both_thresholds_and_the_last_tied_indices() -> None:
     expert = np.array([1, -4, 2, 2, 8, -2, 2, 4], np.float32)
-    stream = Held([np.zeros(8, np.float32), expert], 4096, 8, False)
     operator = find("breadcrumbs")
+    stream = Held(operator, [np.zeros(8, np.float32), expert])
     assert operator.measure is not None
     traced = operator.measure(stream, complete("breadcrumbs", 1, {"density": 0.5, "gamma": 0.25}))
     bits = {value: int(np.float32(value).view(np.uint32)) for value in (2, 4)}
@@ -370,7 +312,7 @@ def test_the_trace_of_breadcrumbs_holds_both_thresholds_and_the_last_tied_indice
 
 
 def test_a_cut_is_counted_once_for_two_that_compare_the_same() -> None:
-    stream = Held([np.zeros(50, np.float32), np.arange(50, dtype=np.float32)], 4096, 50, False)
+    stream = Held(find("ties"), [np.zeros(50, np.float32), np.arange(50, dtype=np.float32)])
     reads = 0
     magnitudes = delta_magnitudes(0)
 
@@ -397,7 +339,7 @@ def test_the_sign_of_a_nan_is_not_counted() -> None:
 
 
 def test_a_trace_that_is_no_magnitude_is_refused() -> None:
-    chunk = Held([np.zeros(2, np.float32)], 4096, 2, False).at(0, 2)
+    chunk = Held(find("ties"), [np.zeros(2, np.float32)] * 2).at(0, 2)
     for threshold in (-1, 1 << 31):
         with pytest.raises(CorruptCheckpoint, match="not the bits of a magnitude"):
             Cut(threshold, 0).within(chunk)
@@ -555,10 +497,10 @@ def test_a_run_of_elements_is_the_same_wherever_it_begins(
 ) -> None:
     arrays, row = trio(weights, 14_000), 7
     operator, parameters = find(name), complete(name, 2, SETTINGS[name])
-    stream = Held(arrays, 4096, row, operator.rows)
+    stream = Held(operator, arrays, row=row)
     traced = operator.measure(stream, parameters) if operator.measure else {}
     assert operator.compiled is not None
-    whole = computed(name, stream, parameters, traced)
+    whole = computed(stream, parameters, traced)
     for start, stop in ((0, 7), (7, 9002), (2338, 2345), (8995, 14_000)):
         out = np.empty(stop - start - (stop - start) % row, np.float32)
         start = start // row * row
