@@ -28,6 +28,7 @@ _KEYS = frozenset(
     {"name", "merge_method", "base_model", "models", "slices", "modules"}
     | {"parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"}
 )
+_HINT = "correct the recipe and run: weft plan RECIPE"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -38,11 +39,11 @@ def parse(text: str) -> Recipe:
     try:
         documents = plain_yaml.parse_all(text)
     except ValueError as error:
-        raise InvalidRecipe(f"the recipe is not YAML: {error}", hint="weft merge --help") from error
+        raise InvalidRecipe(f"the recipe is not YAML: {error}", hint=_HINT) from error
     found: dict[str, None] = {}
     merges = _merges([d for d in documents if d is not None] or [None], found.setdefault)
     if found:
-        raise InvalidRecipe("\n".join(found), hint="correct the recipe and run: weft plan RECIPE")
+        raise InvalidRecipe("\n".join(found), hint=_HINT)
     return Recipe(merges=merges)
 
 
@@ -107,7 +108,7 @@ class _Reader:
     def _unknown(self, value: dict[str, Any], known: frozenset[str], where: str) -> None:
         for key in value:
             if key not in known:
-                self._fault(f"{where}{key[:80]}: not supported")
+                self._fault(f"{where}{key[:80]}: not supported{settings.meant(key, known)}")
 
     def _name(self, value: Any) -> str | None:
         if value is None or (isinstance(value, str) and _NAME.fullmatch(value)):
@@ -125,7 +126,8 @@ class _Reader:
         if method is None:
             self._fault(f"merge_method is missing; {listed}")
         else:
-            self._fault(f"merge_method {str(method)[:80]}: not supported; {listed}")
+            likely = settings.meant(str(method), known)
+            self._fault(f"merge_method {str(method)[:80]}: not supported{likely}; {listed}")
         return None
 
     def _reference(self, where: str, value: Any, *, needed: bool = False) -> str | None:
@@ -135,7 +137,10 @@ class _Reader:
             self._fault(f"{where}: a model is named by one line of text")
             return None
         if "+" in value:
-            self._fault(f"{where}: adapters (model+adapter) are not supported: {value}")
+            self._fault(
+                f"{where}: adapters (model+adapter) are not supported: {value}; "
+                "save the model with its adapter merged in (merge_and_unload of peft)"
+            )
         return value
 
     def _made(self, value: dict[str, Any]) -> dict[str, Any]:
@@ -227,8 +232,8 @@ class _Reader:
     def _dtype(self, key: str, value: Any) -> str | None:
         if value is None:
             return None
-        if isinstance(value, str) and value in DTYPES:
-            return DTYPES[value]
+        if isinstance(value, str) and (name := value.removeprefix("torch.")) in DTYPES:
+            return DTYPES[name]
         self._fault(f"{key} {str(value)[:80]}: not supported; it is one of: {', '.join(DTYPES)}")
         return None
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -47,6 +48,12 @@ def evaluate(setting: Setting, tensor: str, depth: float) -> Value | None:
         if entry.filter is None or entry.filter == "*" or entry.filter in tensor:
             return evaluate(entry.value, tensor, depth)
     return None
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """The end of a fault about a word that nobody knows: the known word that it looks like, if any does."""
+    likely = get_close_matches(word[:80], sorted(known), n=1)
+    return f" (is {likely[0]} meant?)" if likely else ""
 
 
 def filters(*scopes: Settings) -> frozenset[str]:
@@ -110,7 +117,11 @@ def read(
 
 def _check_fixed(name: str, item: Any, operator: Operator, where: str, fault: Callable[[str], None]) -> None:
     if name not in operator.fixed:
-        fault(f"{where}: {name[:80]}: not a setting of {operator.name}")
+        known = [declared.name for declared in operator.parameters]
+        fault(
+            f"{where}: {name[:80]}: not a setting of {operator.name}, "
+            + (f"which has {', '.join(known)}" if known else "which has none")
+        )
     elif item is not operator.fixed[name]:
         fault(f"{where}: {name}: only {str(operator.fixed[name]).lower()} is supported for {operator.name}")
 

@@ -42,7 +42,9 @@ def draft(recipe: Recipe, headers: Mapping[str, ModelHeader]) -> Draft:
     drafted = _resolve(recipe, headers, THREADS)
     problems = drafted.estimate.problems
     if problems:
-        raise Unmergeable.of(problems, hint="choose models of one architecture, then: weft plan RECIPE")
+        raise Unmergeable.of(
+            problems, hint="choose models that fit, or correct the recipe, then: weft plan RECIPE"
+        )
     return drafted
 
 

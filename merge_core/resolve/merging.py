@@ -231,16 +231,18 @@ class Merging:
         if operator is PASSTHROUGH and parameters["scale"] == (1.0,) and dtype == infos[0].dtype:
             self._copy(site, operands[0], infos[0])
             return
-        self.tensors.append(
-            TensorPlan(
-                name=site.name,
-                dtype=dtype,
-                shape=infos[leader].shape,
-                operator=operator.name,
-                operands=tuple(Operand(source=self._sources[m], tensor=name) for m, name in operands),
-                parameters=parameters,
-            )
+        tensor = TensorPlan(
+            name=site.name,
+            dtype=dtype,
+            shape=infos[leader].shape,
+            operator=operator.name,
+            operands=tuple(Operand(source=self._sources[m], tensor=name) for m, name in operands),
+            parameters=parameters,
         )
+        if tensor.fault:
+            self.problems.append(f"{tensor.fault} for {site.name}")
+        else:
+            self.tensors.append(tensor)
 
     def _parameters(self, site: Site) -> dict[str, Value] | None:
         """Every parameter of a tensor; None, and a problem, where one is open or they do not fit."""
@@ -266,12 +268,12 @@ class Merging:
             if len(numbers) < len(values):
                 missing = [i.model for (i, _), value in zip(experts, values, strict=False) if value is None]
                 whose = f" of {', '.join(missing)}" if declared.each else ""
-                self.problems.append(f"the recipe gives no {declared.name}{whose} for {site.name}")
+                where = f" for {site.name}" if merge.speaks_of(declared.name, part.slice) else ""
+                problem = f"the recipe gives no {declared.name}{whose}{where}"
+                if problem not in self.problems:
+                    self.problems.append(problem)
                 return None
             parameters[declared.name] = tuple(map(float, numbers)) if declared.each else numbers[0]
-        if conflict := part.operator.conflict(parameters):
-            self.problems.append(f"{conflict} for {site.name}")
-            return None
         return parameters
 
     def _copy(self, site: Site, operand: tuple[str, str], info: TensorInfo) -> None:

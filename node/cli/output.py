@@ -17,6 +17,8 @@ from rich.table import Table
 
 SCHEMA = "weft.cli/v1"
 WIDE = 400
+MOST = 20
+"""Problems that a person is shown at once."""
 
 
 def escape(text: str) -> str:
@@ -48,12 +50,15 @@ class Output:
             show(self.data_console)
 
     def failure(self, error: dict[str, Any]) -> None:
-        """Print a failure: one line why, what is wrong in detail, the next command."""
+        """Print a failure: one line why, the first things that are wrong in detail, the next command."""
         if self.as_json:
             sys.stdout.write(json.dumps({"schema": SCHEMA, "ok": False, "error": error}) + "\n")
         self.say(f"[bold red]error:[/] {escape(error['why'])}")
-        for problem in error.get("problems", ()):
+        problems = [problem for problem in error.get("problems", ()) if problem != error["why"]]
+        for problem in problems[:MOST]:
             self.say(f"  - {escape(problem)}")
+        if len(problems) > MOST:
+            self.say(f"  - and {len(problems) - MOST} more; --json lists all")
         if error.get("hint"):
             self.say(f"[bold]next:[/]  {escape(error['hint'])}")
 

@@ -81,7 +81,9 @@ class Checked:
             return None
         if len(problems) == len(self.faults):
             return self.faults[0]
-        return Unmergeable.of(problems, hint="choose models that fit, then: weft check RECIPE")
+        return Unmergeable.of(
+            problems, hint="choose models that fit, or correct the recipe, then: weft check RECIPE"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The check for `--json`."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from node.cli import render
-from node.cli.output import escape, size, table
+from node.cli.output import MOST, Output, escape, size, table
 from node.home import Home
 
 
@@ -30,6 +30,16 @@ def test_a_file_name_cannot_rewrite_the_red_list() -> None:
     render.report(console, report)
     console.print(table("", ("name",), [[name]]))
     assert "\x1b" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_failure_says_one_problem_once_and_of_very_many_how_many(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Output().failure({"why": "it does not fit", "problems": ["it does not fit"], "hint": "weft --help"})
+    assert capsys.readouterr().err.splitlines() == ["error: it does not fit", "next:  weft --help"]
+    Output().failure({"why": "nothing fits", "problems": [f"tensor {n}" for n in range(MOST + 3)]})
+    *_, last, end = capsys.readouterr().err.splitlines()
+    assert (last, end) == (f"  - tensor {MOST - 1}", "  - and 3 more; --json lists all")
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ def test_a_weight_that_covers_no_tensor_is_a_problem() -> None:
     assert "the recipe gives no weight of math for model.norm.weight" in check(recipe, HEADERS).problems
 
 
+def test_a_weight_that_nothing_is_said_of_is_one_problem_and_not_one_for_each_tensor() -> None:
+    recipe = parse("merge_method: linear\nmodels: [{model: math}, {model: code}]")
+    assert check(recipe, HEADERS).problems == ("the recipe gives no weight of math, code",)
+
+
 def test_a_stored_copy_of_tied_weights_and_derived_tables_are_no_obstacle() -> None:
     tied = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
     math = header({**SHAPES, "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}, tie_word_embeddings=True)

@@ -238,6 +238,12 @@ residual: auto
         assert any(word in fault for fault in faults), word
 
 
+@pytest.mark.parametrize("spelled", ["bfloat16", "torch.bfloat16"])
+def test_a_type_is_read_as_torch_prints_it_too(spelled: str) -> None:
+    (merge,) = parse(f"merge_method: passthrough\nmodels: [{{model: a}}]\ndtype: {spelled}").merges
+    assert merge.dtype == "BF16"
+
+
 KEYS = {
     "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]": [
         ("allow_crimes: true", "allow_crimes: not supported"),
@@ -247,7 +253,9 @@ KEYS = {
         ("out_dtype: float8", "out_dtype float8: not supported"),
         ("name: ./soup", "name ./soup: a merge is called by letters"),
         ("name: soup", "every merge but the last has one"),
-        ("parameters: {scale: 1}", "scale: not a setting of linear"),
+        ("parameters: {scale: 1}", "scale: not a setting of linear, which has weight, normalize"),
+        ("dytpe: float16", "dytpe: not supported (is dtype meant?)"),
+        ("merge_mehtod: slerp", "merge_mehtod: not supported (is merge_method meant?)"),
     ],
     "merge_method: passthrough": [
         (
