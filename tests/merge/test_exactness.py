@@ -34,7 +34,7 @@ from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.digest import sha256
 from merge_core.execute import Material, Merged, leaf, run
 from merge_core.memory import CHUNK_ELEMENTS
-from merge_core.operators import METHODS
+from merge_core.operators import METHODS, find
 from merge_core.operators.base import Exactness
 from merge_core.plan import MergePlan
 from merge_core.resolve import draft, header_of
@@ -85,6 +85,10 @@ UNITS: Mapping[str, Mapping[str, str]] = {
     },
 }
 CHANGES = 200
+OVER_BASE = {o.over_base.name: method for method, o in METHODS.items() if o.over_base}
+"""What a plan calls the formulas that methods have over a base, and the methods."""
+
+OPERATORS = (*METHODS, *OVER_BASE)
 
 
 def draw(words: str, count: int) -> np.ndarray:
@@ -110,15 +114,15 @@ def write_trio(folder: Path) -> None:
             writer.commit()
 
 
-def recipe_of(method: str, folder: Path) -> str:
+def recipe_of(name: str, folder: Path) -> str:
     """A recipe for an operator that gives it as many models as it takes, and a value for what it knows."""
-    operator = METHODS[method]
+    operator = find(name)
     _, most = operator.experts
     experts = (MODELS[1:] if operator.needs_base else MODELS)[:most]
     settings = "".join(f"  {p.name}: {VALUES[p.name]}\n" for p in operator.parameters if p.name in VALUES)
     last = f"    parameters: {{weight: {LAST_WEIGHT}}}\n" if operator.parameter("weight") else ""
     return (
-        f"merge_method: {method}\n"
+        f"merge_method: {OVER_BASE.get(name, name)}\n"
         + (f"base_model: {folder / 'base'}\n" if operator.needs_base else "")
         + "dtype: bfloat16\nmodels:\n"
         + "".join(f"  - model: {folder / model}\n" for model in experts)
@@ -161,7 +165,7 @@ def prepared(method: str, folder: Path) -> Iterator[Prepared]:
 def digests(trio: Path) -> dict[str, dict[str, str]]:
     """For every operator and run: the digest of weights and Trace."""
     found: dict[str, dict[str, str]] = {}
-    for method in METHODS:
+    for method in OPERATORS:
         with prepared(method, trio) as merge, tempfile.TemporaryDirectory() as folder:
             for threads, chunks in RUNS:
                 merged = merge.run(
@@ -176,7 +180,7 @@ def digests(trio: Path) -> dict[str, dict[str, str]]:
 
 def matrix(trio: Path) -> dict[str, dict[tuple[str, str], str]]:
     """The digests by operator, then by vector units and run, each kind of units in a process of its own."""
-    found: dict[str, dict[tuple[str, str], str]] = {method: {} for method in METHODS}
+    found: dict[str, dict[tuple[str, str], str]] = {method: {} for method in OPERATORS}
     for units, settings in UNITS.items():
         done = subprocess.run(
             [sys.executable, __file__, "--digests", trio],
@@ -205,7 +209,7 @@ def test_every_operator_gives_its_golden_digest_on_any_threads_chunks_and_vector
     }
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].exactness is not Exactness.WHOLE_TENSOR])
+@pytest.mark.parametrize("method", [o for o in OPERATORS if find(o).exactness is not Exactness.WHOLE_TENSOR])
 def test_one_changed_leaf_is_found_by_computing_it_again(method: str, trio: Path, tmp_path: Path) -> None:
     choose = random.Random(method)
     with prepared(method, trio) as merge:
