@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from typing import Any
 
-from merge_core.checkpoint import dtypes
+from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.manifest import MAX_DIMENSIONS, MAX_TENSORS, TENSOR_NAME
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import Digest, ModelId, canonical, check_version, parse_bounded, sha256
@@ -28,7 +29,11 @@ MAX_PLAN = 64 << 20
 MAX_INPUTS = 65
 MAX_STEPS = 64
 MAX_TAKEN = 1 << 16
-"""Tensors of inputs that may be read to compute one tensor: rounds upon rounds multiply."""
+"""Pieces of inputs that may be read to compute one piece of a tensor: rounds upon rounds multiply."""
+MAX_ROW = 1 << 22
+"""Elements of a row where an operator ranks within rows: each piece of a row takes all of it."""
+PIECE = 1 << 19
+"""Elements that a round computes at least where one is asked for: those of a chunk."""
 MAX_CONFIG_CHANGES = 1 << 20
 """Characters of JSON."""
 
@@ -60,6 +65,19 @@ class TensorPlan:
     def info(self) -> TensorInfo:
         """The type and shape of the output."""
         return TensorInfo(dtype=self.dtype, shape=self.shape)
+
+    @property
+    def row(self) -> int:
+        """The number of elements of a row: the last dimension of a matrix, all of a vector; at least one."""
+        return max(1, self.shape[-1] if len(self.shape) > 1 else prod(self.shape))
+
+    @property
+    def fault(self) -> str | None:
+        """Why the tensor cannot be made as planned, whatever the values of the inputs, or None."""
+        operator = find(self.operator)
+        if operator.rows and self.row > MAX_ROW:
+            return f"{self.operator} ranks within rows of at most {MAX_ROW} elements, not {self.row}"
+        return operator.conflict(self.parameters)
 
     @property
     def experts(self) -> int:
@@ -183,23 +201,42 @@ class MergePlan:
             raise CorruptCheckpoint(
                 f"not a merge plan for this weft: {error.why}", hint=error.hint
             ) from error
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptCheckpoint(f"not a merge plan: {error}", hint="ask for the plan again") from error
 
 
 def most_taken(inputs: int, steps: Sequence[Step]) -> int:
-    """How many tensors of inputs, counted as often as they are read, one tensor of a plan takes at most."""
-    made: list[dict[str, int]] = []
+    """How many pieces of inputs, counted as often as they are read, one piece of a plan takes at most."""
+    made: list[dict[str, tuple[TensorPlan, int]]] = []
     for step in steps:
-        made.append(
-            {
-                tensor.name: sum(
-                    1 if o.source < inputs else made[o.source - inputs][o.tensor] for o in tensor.operands
-                )
-                for tensor in step.tensors
-            }
-        )
-    return max((count for counts in made for count in counts.values()), default=0)
+        gathered = frozenset(step.tokenizer.tensors if step.tokenizer else ())
+        counts: dict[str, tuple[TensorPlan, int]] = {}
+        for tensor in step.tensors:
+            total = 0
+            for operand in tensor.operands:
+                if operand.source < inputs:
+                    total += 1
+                else:
+                    given, count = made[operand.source - inputs][operand.tensor]
+                    total += count * _reach(tensor, given, gathered=tensor.name in gathered)
+            counts[tensor.name] = tensor, total
+        made.append(counts)
+    return max((count for counts in made for _, count in counts.values()), default=0)
+
+
+def _reach(taker: TensorPlan, given: TensorPlan, *, gathered: bool) -> int:
+    """How often a piece of what an earlier step makes is computed, at most, for a piece of what takes it."""
+    leaves, reach = merkle.leaf_count(given.info.length), 1
+    if gathered:
+        width = max(1, prod(given.shape[1:]))
+        rows, each = PIECE // width + 2, width * dtypes.SIZES[given.dtype] // merkle.LEAF_SIZE + 2
+        reach = min(leaves, rows * each)
+    if find(taker.operator).rows and PIECE % taker.row:
+        reach *= min(leaves, 2 * taker.row // PIECE + 3)
+    if taker.operator == COPY.name != given.operator:
+        # Leaf by leaf, of which a piece of a wide type has several.
+        reach *= min(leaves, PIECE * dtypes.SIZES[given.dtype] // merkle.LEAF_SIZE)
+    return reach
 
 
 def _write_step(step: Step) -> dict[str, Any]:
@@ -320,7 +357,10 @@ def _tensor(item: Any, sources: int, base: int | None) -> TensorPlan:
         raise ValueError(f"the number of operands of {name}")
     if operator.needs_base and base is not None and tensor.operands[0].source != base:
         raise ValueError(f"{name} does not begin with the base")
-    return replace(tensor, parameters=_parameters(item["parameters"], operator, tensor.experts))
+    tensor = replace(tensor, parameters=_parameters(item["parameters"], operator, tensor.experts))
+    if tensor.fault:
+        raise ValueError(f"{name}: {tensor.fault}")
+    return tensor
 
 
 def _operand(item: Any, name: str, sources: int) -> Operand:

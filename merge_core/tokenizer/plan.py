@@ -114,7 +114,8 @@ class TokenizerPlan:
     def fault(self, tensors: Iterable[Made]) -> str | None:
         """Why the plan does not fit the tensors of its step, or None."""
         by_name = {tensor.name: tensor for tensor in tensors}
-        copied = [rule.fill for rule in self.rules if isinstance(rule.fill, FromToken)]
+        copied = {rule.fill.source for rule in self.rules if isinstance(rule.fill, FromToken)}
+        models = set(self.models)
         for name in self.tensors:
             made = by_name.get(name)
             if made is None or not made.shape or made.shape[0] != self.rows:
@@ -122,7 +123,7 @@ class TokenizerPlan:
             if prod(made.shape[1:]) > MAX_WIDTH:
                 return f"a row of {name} has more than {MAX_WIDTH} elements"
             taken = {operand.source for operand in made.operands}
-            if not taken <= set(self.models) or not taken.issuperset(fill.source for fill in copied):
+            if not copied <= taken <= models:
                 return f"{name} and the rows of its tokens are not made of the same models"
         return None
 

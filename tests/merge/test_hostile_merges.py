@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from time import process_time
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +16,24 @@ from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import LeafTable
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure, tensor_record
 from merge_core.checkpoint.source import TensorInfo
+from merge_core.digest import ModelId
+from merge_core.errors import CorruptCheckpoint
 from merge_core.execute import Material, Merged, audit, leaf, run
-from merge_core.plan import MergePlan
+from merge_core.memory import CHUNK_ELEMENTS
+from merge_core.operators import COPY
+from merge_core.plan import (
+    MAX_ROW,
+    MAX_TAKEN,
+    PIECE,
+    MergePlan,
+    Operand,
+    Step,
+    TensorPlan,
+    most_taken,
+)
 from merge_core.recipe import parse
-from merge_core.resolve import draft, header_of
+from merge_core.resolve import ModelHeader, check, draft, header_of
+from merge_core.tokenizer.plan import FromToken, Rule, TokenizerPlan
 from merge_core.trace import Trace
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -124,3 +140,155 @@ def test_a_lie_about_a_round_ends_in_a_verdict(
     report = audit(plan, Trace.parse(plan, false.to_bytes()), inputs, honest.manifest, honest.leaves)
     assert not report.trace_ok
     assert report.failed == ((NAME, 0),)
+
+
+MODEL = ModelId("sha256:" + "0" * 64)
+DELLA = {"density": (0.5,), "epsilon": (0.1,), "weight": (1.0,), "lambda": 1.0}
+DELLA |= {"normalize": False, "rescale": True, "rescale_l1": False}
+
+
+def rounds(
+    *made: tuple[str, str], shape: tuple[int, ...], tokenizer: TokenizerPlan | None = None
+) -> MergePlan:
+    """Steps of one tensor, each made by an (operator, dtype) of the one before it."""
+    steps = []
+    for source, (operator, dtype) in enumerate(made):
+        della = operator == "della_linear"
+        tensor = TensorPlan(
+            name=NAME,
+            dtype=dtype,
+            shape=shape,
+            operator=operator,
+            operands=tuple(Operand(source=s, tensor=NAME) for s in ([0, source] if della else [source])),
+            parameters=DELLA if della else {"scale": (2.0,)} if operator == "passthrough" else {},
+        )
+        base = 0 if della else None
+        steps.append(Step(base=base, donor=0, architecture="X", tensors=(tensor,), tokenizer=tokenizer))
+    return MergePlan(inputs=(MODEL,), steps=tuple(steps))
+
+
+class Counted:
+    """A model of ones that counts how many leaves are read of it."""
+
+    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
+        self.tensors = {NAME: TensorInfo(dtype=dtype, shape=shape)}
+        self.leaves = 0
+        self._data = np.ones(shape, {"F32": np.float32, "F64": np.float64}[dtype]).tobytes()
+
+    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
+        self.leaves += count
+        data = self._data[first_leaf * merkle.LEAF_SIZE : (first_leaf + count) * merkle.LEAF_SIZE]
+        if into is None:
+            return memoryview(data)
+        into[: len(data)] = data
+        return into[: len(data)]
+
+
+WIDE = (("passthrough", "F64"), (COPY.name, "F64")) * 2
+RANKED = (("della_linear", "F64"),) * 3
+
+
+@pytest.mark.parametrize(
+    ("made", "shape"),
+    [
+        pytest.param(WIDE, (CHUNK_ELEMENTS + 5,), id="leaves of pieces of four"),
+        pytest.param(RANKED, (3, 400_000), id="rows over the edges of pieces"),
+    ],
+)
+def test_no_round_takes_more_than_it_is_said_to(
+    made: tuple[tuple[str, str], ...], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    assert PIECE == CHUNK_ELEMENTS
+    plan = rounds(*made, shape=shape)
+    source = Counted("F64", shape)
+    files = {"config.json": b'{"architectures": ["X"]}'}
+    run(plan, [Material(tensors=source, files=lambda: files)], tmp_path / "out", journal=tmp_path / "journal")
+    leaves = merkle.leaf_count(plan.tensors[0].info.length)
+    # A piece and the rest of its rows: whatever takes no round takes as much.
+    alone = Counted("F64", shape)
+    once = rounds(made[0], shape=shape)
+    run(once, [Material(tensors=alone, files=lambda: files)], tmp_path / "one", journal=tmp_path / "journal1")
+    assert alone.leaves >= leaves
+    assert source.leaves > 2 * alone.leaves
+    assert source.leaves <= most_taken(1, plan.steps) * alone.leaves
+
+
+@pytest.mark.parametrize(
+    ("made", "shape"),
+    [
+        pytest.param((("passthrough", "F64"), (COPY.name, "F64")) * 9, (1 << 22,), id="wide types"),
+        pytest.param((("della_linear", "BF16"),) * 16, (3, 400_000), id="rows"),
+    ],
+)
+def test_rounds_that_multiply_what_they_read_are_no_plan(
+    made: tuple[tuple[str, str], ...], shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(CorruptCheckpoint, match=f"takes more than {MAX_TAKEN}"):
+        MergePlan.parse(rounds(*made, shape=shape).to_bytes())
+    few = rounds(*made[:4], shape=shape)
+    assert MergePlan.parse(few.to_bytes()) == few
+
+
+def test_rounds_that_gather_rows_of_each_other_are_no_plan() -> None:
+    """Rows of tokens in any order: each may lie in another leaf, which has to be computed for it."""
+    steps = []
+    for number in range(4):
+        (step,) = rounds(("passthrough", "F32"), shape=(1 << 18, 1 << 10)).steps
+        (tensor,) = step.tensors
+        tensor = replace(tensor, operands=(Operand(source=number, tensor=NAME),))
+        tokenizer = TokenizerPlan(source=number, models=(number,), rows=1 << 18, tensors=(NAME,))
+        steps.append(replace(step, tensors=(tensor,), tokenizer=tokenizer))
+    two = MergePlan(inputs=(MODEL,), steps=tuple(steps[:2]))
+    assert MergePlan.parse(two.to_bytes()) == two
+    with pytest.raises(CorruptCheckpoint, match=f"takes more than {MAX_TAKEN}"):
+        MergePlan.parse(MergePlan(inputs=(MODEL,), steps=tuple(steps)).to_bytes())
+
+
+def test_no_row_is_ranked_that_is_a_whole_model() -> None:
+    plan = rounds(("della_linear", "BF16"), shape=(MAX_ROW + 1,))
+    with pytest.raises(CorruptCheckpoint, match="ranks within rows of at most"):
+        MergePlan.parse(plan.to_bytes())
+    recipe = parse(
+        "merge_method: della_linear\nbase_model: a\n"
+        "models: [{model: b, parameters: {weight: 1, density: 0.5}}]"
+    )
+    config = {"architectures": ["X"]}
+    header = ModelHeader(
+        tensors={NAME: TensorInfo(dtype="BF16", shape=(MAX_ROW + 1,))}, config=config, files=()
+    )
+    assert "ranks within rows" in check(recipe, {"a": header, "b": header}).problems[0]
+
+
+def test_a_plan_cannot_have_settings_that_no_recipe_may_have() -> None:
+    plan = rounds(("della_linear", "BF16"), shape=(4, 4))
+    bad = TensorPlan(
+        name=NAME,
+        dtype="BF16",
+        shape=(4, 4),
+        operator="della_linear",
+        operands=plan.tensors[0].operands,
+        parameters=DELLA | {"epsilon": (0.5,)},
+    )
+    data = replace(plan, steps=(replace(plan.steps[0], tensors=(bad,)),)).to_bytes()
+    with pytest.raises(CorruptCheckpoint, match="must lie between 0 and 1"):
+        MergePlan.parse(data)
+
+
+def test_a_number_beyond_all_floats_is_no_plan() -> None:
+    data = rounds(("passthrough", "BF16"), shape=(4, 4)).to_bytes()
+    assert b"0x1.0000000000000p+1" in data
+    with pytest.raises(CorruptCheckpoint, match="not a merge plan"):
+        MergePlan.parse(data.replace(b"0x1.0000000000000p+1", b"0x1.0000000000000p+9999"))
+
+
+def test_many_rules_for_many_tensors_are_judged_at_once() -> None:
+    """Rules times tensors would be 400 million looks at what fits into one plan."""
+
+    rules = tuple(Rule(token=f"t{n}", fill=FromToken(source=0, row=0)) for n in range(4096))
+    names = tuple(f"{n:05}" for n in range(20_000))
+    plan = TokenizerPlan(source=0, models=(0,), rows=4, tensors=names, rules=rules)
+    (step,) = rounds((COPY.name, "F32"), shape=(4,)).steps
+    tensors = [replace(step.tensors[0], name=name) for name in names]
+    started = process_time()
+    assert plan.fault(tensors) is None
+    assert process_time() - started < 2.0
