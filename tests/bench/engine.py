@@ -146,6 +146,7 @@ class Bench:
             **{name: value for name, value in os.environ.items() if not name.startswith("WEFT_")},
             "HOME": str(folder / "home"),
             "WEFT_HOME": str(self._home),
+            "TMPDIR": str(folder),
             "HF_HUB_OFFLINE": "1",
         }
         (folder / "home").mkdir()
