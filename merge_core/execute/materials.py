@@ -6,14 +6,14 @@ and never lie on a disk. What such a step must know of whole tensors is measured
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.source import TensorInfo, TensorSource
-from merge_core.errors import CorruptCheckpoint
+from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.aligned import Alignment
 from merge_core.execute.pool import Pool
 from merge_core.execute.work import Work
@@ -89,7 +89,7 @@ class Materials:
                 self.measured(below, operand.tensor, pool)
         if known is None:
             measures = find(planned.operator).measure is not None
-            known = self.work(step, tensor).measure(pool) if measures else {}
+            known = self._measure(step, tensor, pool) if measures else {}
         if self._claimed is not None:
             claim = self._claimed.of(step, tensor)
             if close(claim, known, find(planned.operator).slack):
@@ -98,6 +98,19 @@ class Materials:
                 self.doubted.append((step, tensor))
         self._traced[step][tensor] = known
         return known
+
+    def damaged(self, step: int, tensor: str, pieces: Iterable[int]) -> Unmergeable | None:
+        """What to raise for pieces of a tensor that are not finite; None where what they are made of is."""
+        work = self.work(step, tensor)
+        for index in map(work.damaged, pieces):
+            if index is not None:
+                operand = work.tensor.operands[index]
+                whose = self._id(operand.source)
+                return Unmergeable(
+                    f"{tensor} would hold NaN or infinity: {operand.tensor} of {whose} does",
+                    hint=f"leave out {whose}, then: weft plan RECIPE",
+                )
+        return None
 
     def trace(self, pool: Pool) -> Trace:
         """The Trace of the whole plan: what was not measured yet is measured now."""
@@ -124,6 +137,13 @@ class Materials:
     def files(self) -> dict[str, bytes]:
         """The functional files of the result, by name, sorted."""
         return result_files(self._plan, [material.files for material in self._inputs])
+
+    def _measure(self, step: int, tensor: str, pool: Pool) -> Traced:
+        work = self.work(step, tensor)
+        try:
+            return work.measure(pool)
+        except Unmergeable as error:
+            raise self.damaged(step, tensor, range(work.pieces)) or error from error
 
     def _keys(self, planned: TensorPlan) -> list[int]:
         """The keys of chance of a tensor's experts; none where its operator leaves nothing to chance."""

@@ -141,14 +141,10 @@ class _Production:
         return store
 
     def _not_finite(self, work: Work, piece: int) -> Unmergeable:
-        index = work.damaged(piece)
-        why = f"{work.tensor.name} would hold NaN or infinity"
-        if index is None:
-            return Unmergeable(why, hint="give the models less weight, or dtype: bfloat16, which holds more")
-        operand = work.tensor.operands[index]
-        step = operand.source - len(self._plan.inputs)
-        whose = f"step {step}" if step >= 0 else str(self._plan.inputs[operand.source])
-        return Unmergeable(why, hint=f"leave out {whose}, whose {operand.tensor} does already")
+        return self._materials.damaged(self._step, work.tensor.name, [piece]) or Unmergeable(
+            f"{work.tensor.name} would hold NaN or infinity",
+            hint="give the models less weight, or dtype: bfloat16, which holds more",
+        )
 
 
 class _Share(Enum):

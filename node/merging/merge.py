@@ -17,7 +17,7 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -130,8 +130,9 @@ class Merging:
             try:
                 planned.inherited.refuse()  # a signed card may say what an advert did not
                 await self._execute(attempt, planned, obtained, target, replace(how, threads=threads))
-            except MergeCoreError:
+            except MergeCoreError as error:
                 await asyncio.to_thread(discard, target)  # trying again would end the same way
+                _call_by_reference(error, planned.parents)
                 raise
         manifest = Manifest.parse((target / MANIFEST_FILE).read_bytes())
         await asyncio.to_thread(shutil.rmtree, work_folder(target), ignore_errors=True)
@@ -294,7 +295,10 @@ def discard(target: Path) -> None:
 def _request(work: Path, inputs: Sequence[OnDisk], target: Path) -> dict[str, Any]:
     return {
         "plan": str(work / "plan.json"),
-        "inputs": [worker_input(work, position, parent) for position, parent in enumerate(inputs)],
+        "inputs": [
+            {**worker_input(work, position, parent), "hashed": [astuple(stamp) for stamp in parent.hashed]}
+            for position, parent in enumerate(inputs)
+        ],
         "target": str(target),
         "journal": str(work / "journal"),
         "output": str(work),
@@ -328,6 +332,13 @@ def teller(attempt: Attempt) -> Callable[[dict[str, Any]], None]:
             attempt.progress(event["what"], event["done"], event["total"])
 
     return tell
+
+
+def _call_by_reference(error: MergeCoreError, parents: Sequence[Parent]) -> None:
+    """Let an error call parents as the recipe does: whoever executed the plan knows their ids alone."""
+    for parent in parents:
+        error.why = error.why.replace(parent.model_id, parent.reference)
+        error.hint = error.hint.replace(parent.model_id, parent.reference)
 
 
 def _refuse_repeats(parents: Sequence[Parent]) -> None:

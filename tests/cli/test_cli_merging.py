@@ -374,5 +374,6 @@ def test_a_damaged_input_is_named_and_nothing_is_reported(weft, workplace: Path)
     tensors["model.norm.weight"][3] = np.nan
     save_file(tensors, workplace / "math" / "model.safetensors", metadata={"format": "pt"})
     error = weft("merge", "recipe.yml", "-o", "out", "--json").error
-    assert "model.norm.weight would hold NaN" in error["why"] and "leave out sha256:" in error["hint"]
+    assert "model.norm.weight would hold NaN" in error["why"] and "sha256:" not in error["why"]
+    assert error["why"].endswith("/math does") and "/math, then: weft plan" in error["hint"]
     assert not (workplace / "out").exists()

@@ -364,7 +364,7 @@ def test_sources_in_the_wrong_order_are_noticed_where_their_tensors_differ(
         )
 
 
-def test_the_tensor_that_has_no_angle_is_named(
+def test_the_model_and_the_tensor_that_have_no_angle_are_named(
     save: Callable[..., Path], weights: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
     good, bad = weights("a", 64), weights("b", 64)
@@ -377,8 +377,9 @@ def test_the_tensor_that_has_no_angle_is_named(
         ids = {name: m.manifest.model_id for name, m in zip(("base", "math"), measured, strict=True)}
         inputs = [material(c, m) for c, m in zip(opened, measured, strict=True)]
         plan = draft(parse(RECIPES["slerp"]), headers).seal(ids)
-        with pytest.raises(Unmergeable, match=r"model\.norm\.weight: its weights hold NaN"):
+        with pytest.raises(Unmergeable, match=r"model\.norm\.weight would hold NaN") as caught:
             run(plan, inputs, tmp_path / "out", journal=tmp_path / "j")
+    assert ids["math"] in caught.value.why and ids["base"] not in caught.value.why
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
