@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from merge_core import execute, recipe
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
-from merge_core.checkpoint.writer import partial_path
+from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.errors import MergeCoreError
+from merge_core.functional import result_files
 from merge_core.resolve import draft, header_of
 
 ORACLE = Path(__file__).parents[2] / ".cache" / "mergekit"
@@ -65,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _ROWS:
         return
     terminalreporter.section("conformance with mergekit 0.1.5")
-    line = "{:<18}{:<37}{:<40}{:<28}{}"
+    line = "{:<18}{:<37}{:<40}{:<43}{}"
     terminalreporter.write_line(line.format("operator", "case", "tolerance", "worst", "pass"))
     for row in sorted(_ROWS, key=lambda row: (row.operator, row.case)):
         passed = "yes" if row.passed else "NO"
@@ -171,6 +172,15 @@ def _theirs(python: Path, recipes: Mapping[Any, str], folder: Path) -> dict[Any,
 
 
 def _ours(text: str, target: Path) -> Outcome:
+    try:
+        merge(text, target)
+    except MergeCoreError as error:
+        return Outcome(tensors={}, error=error.why)
+    return Outcome(tensors=_load(target))
+
+
+def merge(text: str, target: Path) -> None:
+    """Merge by the engine alone, without a node, into a directory that can be opened."""
     wanted = recipe.parse(text)
     with ExitStack() as stack:
         opened = {m: stack.enter_context(Checkpoint.open(Path(m))) for m in wanted.models}
@@ -183,11 +193,17 @@ def _ours(text: str, target: Path) -> Outcome:
             )
             for m in wanted.models
         ]
-        try:
-            execute.run(plan, inputs, target, journal=target.with_suffix(".journal"))
-        except MergeCoreError as error:
-            return Outcome(tensors={}, error=error.why)
-    return Outcome(tensors=_load(partial_path(target)))
+        execute.run(plan, inputs, target, journal=target.with_suffix(".journal"))
+        with CheckpointWriter.create(target, plan.layout) as writer:
+            for name, data in result_files(plan, [material.files for material in inputs]).items():
+                writer.add_file(name, data)
+            writer.commit()
+
+
+@pytest.fixture(scope="session")
+def ours() -> Callable[[str, Path], None]:
+    """`ours(recipe, target)`: merge with this engine."""
+    return merge
 
 
 def _load(folder: Path) -> dict[str, torch.Tensor]:

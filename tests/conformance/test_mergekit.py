@@ -225,6 +225,11 @@ CASES: Mapping[str, Mapping[str, Case]] = {
     "task_arithmetic": {
         "two weights": Case(tolerance=ULP, models=WEIGHTED, settings="lambda: 0.8"),
         "normalised": Case(tolerance=ULP, models=WEIGHTED, settings="normalize: true"),
+        "base among the models": Case(
+            tolerance=ULP,
+            models={"base": "", "math": "weight: 1.0", "code": "weight: -0.25"},
+            settings="normalize: true, int8_mask: true",
+        ),
         "one expert": Case(tolerance=EXACT, models=ALONE),
         "weights 0": Case(tolerance=EXACT, models={"math": "weight: 0", "code": "weight: 0"}),
         "identical models": Case(
@@ -242,7 +247,12 @@ CASES: Mapping[str, Mapping[str, Case]] = {
             tolerance=LAST_BITS, base=None, models={"math": "weight: 1", "code": "weight: 0"}
         ),
     },
-    "karcher": {"three models": Case(tolerance=CLOSE, base=None, models=dict.fromkeys(MODELS, ""))},
+    "karcher": {
+        "three models": Case(tolerance=CLOSE, base=None, models=dict.fromkeys(MODELS, "")),
+        "base not among the models": Case(
+            tolerance=CLOSE, models=EXPERTS, settings="max_iter: 20, tol: 1.0e-6"
+        ),
+    },
     "model_stock": {"two experts": Case(tolerance=CLOSE, models=EXPERTS)},
     "nearswap": {"t 0.02": Case(tolerance=CLOSE, models={"math": ""}, settings="t: 0.02")},
     "ram": {"two experts": Case(tolerance=CLOSE, models=EXPERTS)},

@@ -11,19 +11,12 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from merge_core import execute, recipe
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
-from merge_core.checkpoint.writer import CheckpointWriter
-from merge_core.functional import result_files
-from merge_core.resolve import draft, header_of
 
 pytestmark = [pytest.mark.foreign, pytest.mark.timeout(900)]
 
@@ -113,29 +106,12 @@ def write(folder: Path, model: str, draw: Callable[..., torch.Tensor]) -> Path:
     return path
 
 
-def ours(text: str, target: Path) -> None:
-    wanted = recipe.parse(text)
-    with ExitStack() as stack:
-        opened = {m: stack.enter_context(Checkpoint.open(Path(m))) for m in wanted.models}
-        measured = {m: measure(checkpoint) for m, checkpoint in opened.items()}
-        drafted = draft(wanted, {m: header_of(checkpoint) for m, checkpoint in opened.items()})
-        plan = drafted.seal({m: found.manifest.model_id for m, found in measured.items()})
-        inputs = [
-            execute.Material(
-                tensors=VerifiedSource(opened[m], measured[m].leaves), files=opened[m].functional_files
-            )
-            for m in wanted.models
-        ]
-        execute.run(plan, inputs, target, journal=target.with_suffix(".journal"))
-        with CheckpointWriter.create(target, plan.layout) as writer:
-            for name, data in result_files(plan, [material.files for material in inputs]).items():
-                writer.add_file(name, data)
-            writer.commit()
-
-
 @pytest.fixture(scope="module")
 def merged(
-    mergekit: Path, draw: Callable[..., torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+    mergekit: Path,
+    ours: Callable[[str, Path], None],
+    draw: Callable[..., torch.Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[tuple[str, int], tuple[Path, Path]]:
     """The directories that both made, by case and by the model whose weight is 1."""
     folder = tmp_path_factory.mktemp("tokens")
