@@ -40,8 +40,6 @@ MAX_TEXT = 1 << 20
 """Bytes of a text to predict: a model of a billion parameters reads some tens of tokens a second on a CPU."""
 
 _LISTED = 20
-_RUN = 8192
-"""Elements below which no BLAS starts threads of its own: a merge has its own."""
 _PARTS = {Role.EMBED: "embedding", Role.NORM: "norm", Role.HEAD: "head"}
 
 
@@ -62,7 +60,7 @@ class Norms:
         known = self._squares.setdefault((tensor, piece), [0.0] * (1 + len(operands)))
         with np.errstate(over="ignore"):
             for index, array in enumerate((output, *operands)):
-                known[index] += sum(_square(array[at : at + _RUN]) for at in range(0, len(array), _RUN))
+                known[index] += float(np.dot(array, array))
 
     def taken(self) -> dict[str, tuple[float, ...]]:
         """The norms of each tensor that was observed: its own, then its operands'."""
@@ -176,10 +174,6 @@ def report(plan: MergePlan, norms: Norms) -> Report:
         parts=tuple(part for part in parts if part is not None),
         flags=tuple(_listed([_flag(name, ratio) for name, ratio in _ratios(measured, taken) if _odd(ratio)])),
     )
-
-
-def _square(array: NDArray[np.float32]) -> float:
-    return float(np.dot(array, array))
 
 
 def _part_of(tensor: str) -> str:

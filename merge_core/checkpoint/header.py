@@ -115,8 +115,8 @@ def read_header(path: Path) -> Header:
             raise CorruptCheckpoint(f"{path.name}: {error.why}", hint=error.hint) from error
 
 
-def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Write the header of a file that holds `tensors`: equal tensors give equal bytes.
+def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
+    """Write the header of a file that holds `tensors`, and say what it says: equal tensors give equal bytes.
 
     The bytes lie in the order of `data_order`, without gaps; spaces pad the header to a multiple of 8 bytes.
     Raises ValueError where `parse_header` would refuse the result.
@@ -137,10 +137,9 @@ def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     text += b" " * (-len(text) % 8)
     data = len(text).to_bytes(PREFIX, "little") + text
     try:
-        parse_header(data, len(data) + at)
+        return data, parse_header(data, len(data) + at)
     except CorruptCheckpoint as error:
         raise ValueError(error.why) from error
-    return data
 
 
 def data_order(tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,19 +41,30 @@ _BATCH_LEAVES = 16
 _HINT = "fetch or export the checkpoint again, then: weft add DIR"
 
 
-Touched = tuple[int, int]
-"""The times of a file's last write and last change, in nanoseconds."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What identifies the contents of an open weight file without reading it; times in nanoseconds."""
+    """What identifies the contents of an open weight file without reading it; times in nanoseconds.
 
-    name: str
+    `mtime_ns` can be set by anybody; `changed_ns` (ctime) cannot, and moves whenever a byte does.
+    """
+
     device: int
     inode: int
     size: int
     mtime_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileStamp:
+        """The stamp of an open file as it is now."""
+        status = os.fstat(descriptor)
+        return cls(
+            device=status.st_dev,
+            inode=status.st_ino,
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            changed_ns=status.st_ctime_ns,
+        )
 
 
 class Checkpoint:
@@ -71,7 +82,7 @@ class Checkpoint:
         self.config: dict[str, Any] = {}
         self.architecture = ""
         self.tensors: Mapping[str, TensorInfo] = {}
-        self.stamps: tuple[FileStamp, ...] = ()
+        self.stamps: Mapping[str, FileStamp] = {}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -125,10 +136,9 @@ class Checkpoint:
             done += count
         return view
 
-    def touched(self, tensor: str) -> Touched:
-        """When the file of a tensor was last written to, or changed in any other way (nanoseconds)."""
-        status = os.fstat(self._where[tensor][0])
-        return status.st_mtime_ns, status.st_ctime_ns
+    def stamp(self, tensor: str) -> FileStamp:
+        """The stamp of the file of a tensor as it is now."""
+        return FileStamp.of(self._where[tensor][0])
 
     def functional_files(self) -> dict[str, bytes]:
         """The contents of config, tokenizer and chat template, by name, sorted; each at most 64 MiB."""
@@ -147,11 +157,11 @@ class Checkpoint:
         self.architecture = architecture_of(self.config)
 
     def _read_headers(self) -> None:
-        stamps: list[FileStamp] = []
+        stamps: dict[str, FileStamp] = {}
         total = 0
         for name, descriptor in self._files.items():
-            status = os.fstat(descriptor)
-            header = _header_of(name, descriptor, status.st_size)
+            stamps[name] = FileStamp.of(descriptor)
+            header = _header_of(name, descriptor, stamps[name].size)
             total += len(header.tensors)
             if total > MAX_TENSORS:
                 raise CorruptCheckpoint(f"{self.path} has more than {MAX_TENSORS} tensors")
@@ -159,19 +169,10 @@ class Checkpoint:
                 if tensor in self._where:
                     raise CorruptCheckpoint(f"tensor {tensor} lies in two weight files", hint=_HINT)
                 self._where[tensor] = (descriptor, span)
-            stamps.append(
-                FileStamp(
-                    name=name,
-                    device=status.st_dev,
-                    inode=status.st_ino,
-                    size=status.st_size,
-                    mtime_ns=status.st_mtime_ns,
-                )
-            )
         if not self._where:
             raise CorruptCheckpoint(f"{self.path} has no tensors", hint=_HINT)
         self._check_index()
-        self.stamps = tuple(stamps)
+        self.stamps = MappingProxyType(stamps)
         self.tensors = MappingProxyType({name: self._where[name][1].info for name in sorted(self._where)})
 
     def _check_index(self) -> None:
@@ -237,18 +238,22 @@ class VerifiedSource:
     """A checkpoint on disk as a TensorSource: no byte comes out that its leaf digest does not vouch for.
 
     A leaf is hashed when it is first read, and again only if its file was written to since: an operator that
-    measures before it computes reads everything several times.
+    measures before it computes reads everything several times. A file that is as it was when the leaf table
+    was made of it, by its stamp, is not hashed again at all.
     """
 
-    def __init__(self, checkpoint: Checkpoint, leaves: LeafTable) -> None:
-        """Read from an open checkpoint, which the caller closes.
+    def __init__(
+        self, checkpoint: Checkpoint, leaves: LeafTable, *, hashed: Collection[FileStamp] = ()
+    ) -> None:
+        """Read from an open checkpoint, which the caller closes; `hashed` are files that the leaves are of.
 
         Raises CorruptCheckpoint where the leaf table was made for other tensors.
         """
         self._checkpoint = checkpoint
         self._leaves = leaves
         self._local = threading.local()
-        self._verified: dict[str, dict[int, Touched]] = {name: {} for name in checkpoint.tensors}
+        self._hashed = frozenset(hashed)
+        self._verified: dict[str, dict[int, FileStamp]] = {name: {} for name in checkpoint.tensors}
         for name, info in checkpoint.tensors.items():
             try:
                 found = len(leaves[name])
@@ -275,12 +280,14 @@ class VerifiedSource:
         begin = first_leaf * merkle.LEAF_SIZE
         length = min(count * merkle.LEAF_SIZE, self._checkpoint.tensors[tensor].length - begin)
         # Before the bytes: whoever writes after this shows at the next read.
-        verified, touched = self._verified[tensor], self._checkpoint.touched(tensor)
+        verified, stamp = self._verified[tensor], self._checkpoint.stamp(tensor)
         view = self._checkpoint.read_bytes(
             tensor, begin, length, into=self._buffer(length) if into is None else into
         )
+        if stamp in self._hashed:
+            return view
         for i in range(first_leaf, first_leaf + count):
-            if verified.get(i) == touched:
+            if verified.get(i) == stamp:
                 continue
             start = i * merkle.LEAF_SIZE - begin
             if merkle.leaf_digest(view[start : start + merkle.LEAF_SIZE]) != expected[i]:
@@ -288,7 +295,7 @@ class VerifiedSource:
                     f"{self._checkpoint.path}: leaf {i} of {tensor} is not what was published",
                     hint=f"weft verify {self._checkpoint.path}",
                 )
-            verified[i] = touched
+            verified[i] = stamp
         return view
 
     def _buffer(self, length: int) -> memoryview:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from merge_core.checkpoint.header import MAX_HEADER, Header, build_header, parse_header
+from merge_core.checkpoint.header import MAX_HEADER, Header, build_header
 from merge_core.checkpoint.published import WEIGHTS
 from merge_core.checkpoint.source import TensorInfo
 
@@ -51,10 +51,10 @@ def divide(
         filled += info.length
         entries += entry
     names = _names(len(shards))
-    heads = [build_header(shard, metadata) for shard in shards]
+    built = [build_header(shard, metadata) for shard in shards]
     return tuple(
-        WeightFile(name=name, head=head, header=parse_header(head))
-        for name, head in zip(names, heads, strict=True)
+        WeightFile(name=name, head=head, header=header)
+        for name, (head, header) in zip(names, built, strict=True)
     )
 
 

@@ -1,8 +1,8 @@
 """HashCache: the leaf digests of checkpoints that were hashed before, so that nobody hashes 16 GB twice.
 
-The key is where each weight file lies and what identifies its contents without reading them: path, device,
-inode, size and modification time. Only leaf digests are kept; small files are read again each time. A stale
-entry cannot do harm: whoever reads through the digests hashes every leaf again. The folder may be deleted.
+The key is where each weight file lies and what identifies its contents without reading them: path and stamp,
+in which the time of the last change of whatever kind (ctime) moves with every byte and cannot be set. Only
+leaf digests are kept; small files are read again each time. The folder may be deleted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
 from merge_core import files
@@ -73,10 +74,7 @@ class HashCache:
 
     def _path(self, checkpoint: Checkpoint) -> Path:
         assert self._folder is not None
-        stamps = [
-            [s.name, *map(str, (s.device, s.inode, s.size, s.mtime_ns))]
-            for s in sorted(checkpoint.stamps, key=lambda stamp: stamp.name)
-        ]
+        stamps = [[name, *map(str, astuple(stamp))] for name, stamp in sorted(checkpoint.stamps.items())]
         return self._folder / sha256(canonical([os.fsdecode(checkpoint.path.absolute()), stamps])).hex
 
     def _drop_oldest(self) -> None:

@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from merge_core.checkpoint.published import (
     read_bounded,
     survey,
 )
-from merge_core.checkpoint.reader import Checkpoint, Measured
+from merge_core.checkpoint.reader import Checkpoint, FileStamp, Measured
 from merge_core.checkpoint.writer import clone_tree
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
@@ -202,12 +202,13 @@ class Shelf:
         found = survey(source)
         with Checkpoint.open(source) as checkpoint:
             measured = self._hashes.measure(checkpoint, on_progress=on_progress)
-            stamps = {stamp.name: stamp for stamp in checkpoint.stamps}
+            before = checkpoint.stamps
         with self._stage() as stage:
             binding, replaced = self._clone(found, source, measured.manifest, stage)
             with Checkpoint.open(source) as checkpoint:
-                if {stamp.name: stamp for stamp in checkpoint.stamps} != stamps:
+                if _but_for_links(checkpoint.stamps) != _but_for_links(before):
                     raise LocalError(f"{source} was changed while it was added", hint=f"weft add {source}")
+                self._hashes.remember(checkpoint, measured.leaves)
             kept = binding is not None
             if binding is None:
                 binding = identity.binding
@@ -488,3 +489,8 @@ def _abandoned(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def _but_for_links(stamps: Mapping[str, FileStamp]) -> dict[str, FileStamp]:
+    """Stamps without the time of the last change, which another hardlink moves too."""
+    return {name: replace(stamp, changed_ns=0) for name, stamp in stamps.items()}

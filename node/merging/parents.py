@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from merge_core.checkpoint.manifest import LeafTable, Manifest
-from merge_core.checkpoint.reader import Checkpoint
+from merge_core.checkpoint.reader import Checkpoint, FileStamp
 from merge_core.digest import Digest, ModelId
 from merge_core.plan import MergePlan
 from merge_core.resolve import ModelHeader, header_of
@@ -32,7 +32,8 @@ from node.merging.references import LocalDirectory, Published, nowhere_here, par
 class Parent:
     """A model that a recipe refers to, by what is known without its weights.
 
-    `directory` is where it lies on this machine, None when it has to be fetched from `holders`.
+    `directory` is where it lies on this machine, None when it has to be fetched from `holders`; `hashed` are
+    the stamps that its weight files had when the leaves were made of them.
     """
 
     reference: str
@@ -42,6 +43,7 @@ class Parent:
     publisher: Digest | None = None
     directory: Path | None = None
     leaves: LeafTable | None = None
+    hashed: tuple[FileStamp, ...] = ()
     holders: tuple[PeerId, ...] = ()
 
     @property
@@ -64,12 +66,14 @@ class Parent:
 class OnDisk:
     """A parent whose bytes are here: a checkpoint, its manifest and the digest of every leaf.
 
-    `licence` and `publisher` are what is known now that its signature is here; None: nothing new.
+    `licence` and `publisher` are what is known now that its signature is here; None: nothing new. `hashed`
+    are the stamps of weight files that the leaves are known to be of.
     """
 
     directory: Path
     manifest: Manifest
     leaves: LeafTable
+    hashed: tuple[FileStamp, ...] = ()
     licence: str | None = None
     publisher: Digest | None = None
 
@@ -163,10 +167,13 @@ def local_parent(reference: str, directory: Path, hashes: HashCache, attempt: At
             licence=licences.of_card(directory),
             directory=directory,
             leaves=measured.leaves,
+            hashed=tuple(checkpoint.stamps.values()),
         )
 
 
 def on_disk(parent: Parent) -> OnDisk:
     """A parent that was found here; a programming error for any other."""
     assert parent.directory is not None and parent.leaves is not None
-    return OnDisk(directory=parent.directory, manifest=parent.manifest, leaves=parent.leaves)
+    return OnDisk(
+        directory=parent.directory, manifest=parent.manifest, leaves=parent.leaves, hashed=parent.hashed
+    )

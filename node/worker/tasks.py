@@ -12,9 +12,10 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
     audit        {plan, trace, inputs, manifest, leaves}
                  -> {checked, failed: [[tensor, leaf]], failures, trace_ok, files_ok}
 
-An `input` is {directory, manifest, leaves}: a checkpoint, and the paths of its manifest and leaf table;
-`inputs` are in the plan's order. A merge leaves the weights in the partial folder of `target`, and manifest,
-leaf table and Trace in the folder `output`: whoever asked adds the files, signs and commits.
+An `input` is {directory, manifest, leaves, hashed?}: a checkpoint, the paths of its manifest and leaf table,
+and the stamps of files that these are of; `inputs` are in the plan's order. A merge leaves the weights in the
+partial folder of `target`, and manifest, leaf table and Trace in the folder `output`: whoever asked adds the
+files, signs and commits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from merge_core import files
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
 from merge_core.checkpoint.published import read_bounded
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, read_functional
+from merge_core.checkpoint.reader import Checkpoint, FileStamp, VerifiedSource, read_functional
 from merge_core.digest import sha256
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.memory import THREADS
@@ -195,7 +196,8 @@ def _opened(described: Request) -> Iterator[tuple[Manifest, VerifiedSource]]:
     """An input's manifest and its verified bytes; raises CorruptCheckpoint where they do not fit."""
     manifest, leaves = _claims(described)
     with Checkpoint.open(Path(described["directory"])) as checkpoint:
-        yield manifest, VerifiedSource(checkpoint, leaves)
+        hashed = [FileStamp(*stamp) for stamp in described.get("hashed", ())]
+        yield manifest, VerifiedSource(checkpoint, leaves, hashed=hashed)
 
 
 def _claims(described: Request) -> tuple[Manifest, LeafTable]:

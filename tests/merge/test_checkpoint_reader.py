@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -65,7 +66,7 @@ def test_headers_alone_are_enough_to_open(tmp_path: Path) -> None:
         assert checkpoint.architecture == "LlamaForCausalLM"
         assert checkpoint.functional_files() == {"config.json": json.dumps(CONFIG).encode()}
         status = (tmp_path / "model.safetensors").stat()
-        (stamp,) = checkpoint.stamps
+        stamp = checkpoint.stamps["model.safetensors"]
         assert (stamp.inode, stamp.size, stamp.mtime_ns) == (
             status.st_ino,
             status.st_size,
@@ -266,3 +267,39 @@ def test_one_file_is_digested_in_pieces(tmp_path: Path) -> None:
     seen: list[int] = []
     assert file_digest(path, seen.append) == sha256(path.read_bytes()).hex
     assert sum(seen) == 4 * MIB
+
+
+def changed(path: Path) -> None:
+    """Flip a bit of the last tensor, and put the time of the last write back."""
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=times)
+
+
+def test_a_file_that_is_as_it_was_hashed_is_believed_and_any_other_is_hashed_again(
+    save: Callable[..., Path], weights: Callable[..., torch.Tensor]
+) -> None:
+    directory = save("m", {"model.norm.weight": weights("m", 4096)})
+    with Checkpoint.open(directory) as checkpoint:
+        leaves, hashed = measure(checkpoint).leaves, tuple(checkpoint.stamps.values())
+        source = VerifiedSource(checkpoint, leaves, hashed=hashed)
+        assert len(source.read("model.norm.weight", 0, 1)) == 4 * 4096
+        changed(directory / "model.safetensors")
+        with pytest.raises(CorruptCheckpoint, match="not what was published"):
+            source.read("model.norm.weight", 0, 1)
+    with Checkpoint.open(directory) as checkpoint, pytest.raises(CorruptCheckpoint):
+        VerifiedSource(checkpoint, leaves, hashed=hashed).read("model.norm.weight", 0, 1)
+
+
+def test_a_leaf_that_was_verified_is_hashed_again_once_its_file_was_written_to(
+    save: Callable[..., Path], weights: Callable[..., torch.Tensor]
+) -> None:
+    directory = save("m", {"model.norm.weight": weights("m", 4096)})
+    with Checkpoint.open(directory) as checkpoint:
+        source = VerifiedSource(checkpoint, measure(checkpoint).leaves)
+        assert source.read("model.norm.weight", 0, 1) == source.read("model.norm.weight", 0, 1)
+        changed(directory / "model.safetensors")
+        with pytest.raises(CorruptCheckpoint, match="not what was published"):
+            source.read("model.norm.weight", 0, 1)
