@@ -29,6 +29,12 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
+ARCHITECTURES = """
+Albert Bert Bloom Cohere2 DebertaV2 DeepseekV2 DeepseekV3 DistilBert Electra Ernie4_5 Exaone4 Falcon Gemma
+Gemma2 Glm4 GPT2 GPTBigCode GPTJ GPTNeoX GptOss Granite GraniteMoe HunYuanDenseV1 Lfm2 Llama Llama4Text MPNet MiniMax
+Mistral Mixtral Olmo2 OPT Phi Phi3 Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next Roberta SeedOss SmolLM3 StableLm
+Starcoder2 T5 XGLM XLMRoberta
+"""
 RECIPE = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ndtype: bfloat16\n"
 
 
@@ -73,6 +79,17 @@ def test_what_is_lost_is_said_before_the_merge() -> None:
     assert check(parse(RECIPE), {"a": header(CONFIG)}).warnings == (
         "config keys of a that are not kept: attn_implementation",
     )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.split())
+def test_what_an_architecture_computes_with_is_kept(architecture: str) -> None:
+    """A RoBERTa without its type_vocab_size does not open; a DeepSeek without rope_interleave is another."""
+    import transformers
+
+    common = transformers.PretrainedConfig().to_dict()
+    config = getattr(transformers, f"{architecture}Config")().to_dict()
+    lost = set(dropped({key: value for key, value in config.items() if key not in common}))
+    assert lost <= {"slow_but_exact"}  # of Bloom: not what is computed, but how
 
 
 def test_tokenizers_and_templates_are_copied_and_other_files_are_not() -> None:
