@@ -9,6 +9,7 @@ math-expert                         a name that the catalogue knows exactly once
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def parse_reference(text: str, folder: Path | None) -> Reference:
     if folder is not None:
         path = folder.absolute() / path
     if path.is_absolute() and (path.is_dir() or text.startswith((".", "/", "~"))):
-        return LocalDirectory(path.absolute())
+        return LocalDirectory(_short(path.absolute()))
     hub_model = hub.parse(text)
     cached = hub.find(hub_model) if hub_model else None
     if cached is not None:
@@ -73,6 +74,12 @@ def parse_reference(text: str, folder: Path | None) -> Reference:
     if text.startswith("."):
         raise InvalidRecipe(f"{text[:120]} is relative to nothing here", hint="give an absolute path")
     return Named(text)
+
+
+def _short(path: Path) -> Path:
+    """A path without `..`, unless a link in it makes that another place."""
+    plain = Path(os.path.normpath(path))
+    return plain if plain.resolve() == path.resolve() else path
 
 
 def is_local(recipe: Recipe, folder: Path) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from merge_core import recipe
 from merge_core.errors import InvalidRecipe
-from node.merging.references import absolute, is_local
+from node.merging.references import LocalDirectory, absolute, is_local, parse_reference
 
 ROUNDS = """
 name: soup
@@ -42,3 +42,11 @@ def test_a_merge_that_is_called_as_a_directory_is_refused(folder: Path) -> None:
     (folder / "soup").mkdir()
     with pytest.raises(InvalidRecipe, match="soup is a merge of this recipe and a directory here"):
         absolute(recipe.parse(ROUNDS), folder)
+
+
+def test_a_way_up_is_spelled_out_only_where_it_leads_there(folder: Path) -> None:
+    (folder / "recipes").mkdir()
+    (folder / "code" / "math").mkdir()
+    (folder / "link").symlink_to(folder / "code" / "math")
+    assert parse_reference("../math", folder / "recipes") == LocalDirectory(folder / "math")
+    assert parse_reference("../math", folder / "link") == LocalDirectory(folder / "link" / ".." / "math")
