@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from merge_core.operators.base import Operator, Parameter, Value
+from merge_core.operators.base import Operator, Parameter
 
 MAX_LIST = 1024
 MAX_FILTER = 1024
@@ -32,21 +32,23 @@ class Conditional:
     value: float | bool | tuple[float, ...]
 
 
-Setting: TypeAlias = float | bool | tuple[float, ...] | tuple[Conditional, ...]
+Plain: TypeAlias = float | bool | tuple[float, ...]
+"""A value, or a gradient of several."""
+Setting: TypeAlias = Plain | tuple[Conditional, ...]
 Settings: TypeAlias = Mapping[str, Setting]
 
 NOTHING: Settings = MappingProxyType({})
 
 
-def evaluate(setting: Setting, tensor: str, depth: float) -> Value | None:
-    """The value of a setting for one tensor, `depth` (0 to 1) of the way; None where no filter takes it."""
+def chosen(setting: Setting, tensor: str) -> Plain | None:
+    """The value or the gradient of a setting for one tensor; None where no filter takes it."""
     if not isinstance(setting, tuple):
         return setting
     for entry in setting:
         if not isinstance(entry, Conditional):
-            return _interpolate(tuple(n for n in setting if not isinstance(n, Conditional)), depth)
+            return tuple(n for n in setting if not isinstance(n, Conditional))
         if entry.filter is None or entry.filter == "*" or entry.filter in tensor:
-            return evaluate(entry.value, tensor, depth)
+            return entry.value
     return None
 
 
@@ -64,7 +66,7 @@ def filters(*scopes: Settings) -> frozenset[str]:
     return frozenset(e.filter for e in entries if isinstance(e, Conditional) and e.filter is not None)
 
 
-def _interpolate(gradient: tuple[float, ...], depth: float) -> float:
+def interpolate(gradient: tuple[float, ...], depth: float) -> float:
     """The value at `depth` (0 to 1) on the straight lines between evenly spaced points."""
     scaled = depth * (len(gradient) - 1)
     low = int(scaled)

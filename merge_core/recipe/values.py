@@ -15,7 +15,7 @@ import yaml
 from merge_core.errors import InvalidRecipe
 from merge_core.operators import find
 from merge_core.operators.base import Operator, Value
-from merge_core.recipe.settings import NOTHING, Settings, evaluate, filters, write
+from merge_core.recipe.settings import NOTHING, Plain, Settings, chosen, filters, interpolate, write
 from merge_core.tokenizer import choice
 from merge_core.tokenizer.choice import TokenizerChoice
 
@@ -128,9 +128,14 @@ class Merge:
         `of` is the input, for a setting that each has; `depth` runs from 0, the slice's first layer, to 1.
         None where the setting is required and nothing that was written covers this tensor.
         """
+        found = self.stated(name, part, of, tensor)
+        return interpolate(found, depth) if isinstance(found, tuple) else found
+
+    def stated(self, name: str, part: Slice, of: Input | None, tensor: str) -> Plain | None:
+        """The value or the gradient that `value` goes by."""
         scopes = (part.parameters, self.module_parameters, self.parameters)
         for scope in scopes if of is None else (of.parameters, *scopes):
-            value = evaluate(scope[name], tensor, depth) if name in scope else None
+            value = chosen(scope[name], tensor) if name in scope else None
             if value is not None:
                 return value
         declared = self.operator(part).parameter(name)

@@ -18,7 +18,7 @@ from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import Unmergeable
 from merge_core.functional import output_config
-from merge_core.plan import MergePlan, TensorPlan
+from merge_core.plan import MergePlan, Operand, TensorPlan
 from merge_core.recipe import parse, rename
 from merge_core.resolve import ModelHeader, check, draft, header_of, tells_of
 
@@ -538,6 +538,64 @@ def test_a_recipe_of_another_base_does_not_tell_of_the_plan() -> None:
     plan = planned(text, **models)
     assert tells_of(rename(parse(text), ids), plan)
     assert not tells_of(rename(parse(text.replace("base_model: a", "base_model: b")), ids), plan)
+
+
+def test_a_recipe_of_other_settings_does_not_tell_of_the_plan() -> None:
+    text = """merge_method: ties
+base_model: a
+models:
+  - {model: b, parameters: {weight: 0.75, density: [{filter: mlp, value: [0.25, 0.5]}, {value: 1.0}]}}
+parameters: {normalize: false}
+dtype: bfloat16
+"""
+    models = {"a": header(3), "b": header(3)}
+    ids = {name: str(sha256(name.encode())) for name in models}
+    plan = planned(text, **models)
+    assert tells_of(rename(parse(text), ids), plan)
+    for said, other in (
+        ("0.75", "0.5"),
+        ("false", "true"),
+        ("[0.25, 0.5]", "[0.25, 0.4]"),
+        ("value: 1.0", "value: 0.9"),
+        ("filter: mlp", "filter: attn"),
+        ("parameters: {normalize: false}", "parameters: {normalize: false, lambda: 2}"),
+        ("bfloat16", "float32"),
+    ):
+        assert said in text
+        assert not tells_of(rename(parse(text.replace(said, other)), ids), plan), other
+
+
+def test_a_plan_that_copies_what_the_recipe_merges_is_another() -> None:
+    models = {"a": header(1), "b": header(1)}
+    ids = {name: str(sha256(name.encode())) for name in models}
+    plan = planned(LINEAR, **models)
+    (step,) = plan.steps
+    tensors = tuple(
+        replace(tensor, operator="copy", operands=tensor.operands[:1], parameters={})
+        for tensor in step.tensors
+    )
+    told = rename(parse(LINEAR), ids)
+    assert tells_of(told, plan)
+    assert not tells_of(told, replace(plan, steps=(replace(step, tensors=tensors),)))
+
+
+def test_filters_without_number_tell_of_nothing() -> None:
+    """Filters times names is what reading them takes."""
+    filters = ", ".join(f"{{filter: no-{n}, value: 2}}" for n in range(1000))
+    text = f"""merge_method: linear
+models:
+  - {{model: a, parameters: {{weight: [{filters}, {{value: 1}}]}}}}
+  - {{model: b, parameters: {{weight: 1}}}}
+"""
+    models = {"a": header(1), "b": header(1)}
+    ids = {name: str(sha256(name.encode())) for name in models}
+    plan, told = planned(text, **models), rename(parse(text), ids)
+    (step,) = plan.steps
+    tensor = next(t for t in step.tensors if ".0." in t.name)
+    operands = tuple(Operand(source=n, tensor="model.layers.0.up") for n in range(2))
+    for count, judged in ((1_000, True), (20_000, False)):
+        many = tuple(replace(tensor, name=f"model.layers.0.{n}", operands=operands) for n in range(count))
+        assert tells_of(told, replace(plan, steps=(replace(step, tensors=many),))) is judged
 
 
 def test_the_plan_of_a_frankenmerge_stays_what_it_is() -> None:

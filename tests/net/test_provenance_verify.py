@@ -339,13 +339,18 @@ def test_a_recipe_that_tells_of_another_merge_is_red(family) -> None:
     told = {
         "merge_method": "ties",
         "base_model": str(base),
-        "models": [{"model": str(m), "parameters": {"weight": 1.0, "density": 0.5}} for m in experts],
+        "models": [
+            {"model": str(model), "parameters": {"weight": weight, "density": density}}
+            for model, weight, density in zip(experts, (1.0, 0.5), (0.4, 0.6), strict=True)
+        ],
     }
     recipe.write_text(yaml.safe_dump(told))
     assert red(resign(family)) == set()
+    recipe.write_text(yaml.safe_dump(told).replace("weight: 1.0", "weight: 0.9"))
+    assert red(resign(family)) == {"recipe"}
     recipe.write_text(yaml.safe_dump({**told, "base_model": "sha256:" + "0" * 64}))
     assert red(resign(family)) == {"recipe"}
-    recipe.write_text(yaml.safe_dump({**told, "merge_method": "task_arithmetic"}).replace("density: 0.5", ""))
+    recipe.write_text(yaml.safe_dump({**told, "merge_method": "dare_ties"}))
     assert "recipe" in red(resign(family))
 
 
