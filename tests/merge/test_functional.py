@@ -31,9 +31,9 @@ CONFIG: dict[str, Any] = {
 }
 ARCHITECTURES = """
 Albert Bert Bloom Cohere2 DebertaV2 DeepseekV2 DeepseekV3 DistilBert Electra Ernie4_5 Exaone4 Falcon Gemma
-Gemma2 Glm4 GPT2 GPTBigCode GPTJ GPTNeoX GptOss Granite GraniteMoe HunYuanDenseV1 Lfm2 Llama Llama4Text MPNet MiniMax
-Mistral Mixtral Olmo2 OPT Phi Phi3 Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next Roberta SeedOss SmolLM3 StableLm
-Starcoder2 T5 XGLM XLMRoberta
+Gemma2 Glm4 GPT2 GPTBigCode GPTJ GPTNeoX GptOss Granite GraniteMoe HunYuanDenseV1 Lfm2 Llama Llama4Text MPNet
+MiniMax Mistral Mixtral Olmo2 OPT Phi Phi3 Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next Roberta SeedOss SmolLM3
+StableLm Starcoder2 T5 XGLM XLMRoberta
 """
 RECIPE = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ndtype: bfloat16\n"
 
