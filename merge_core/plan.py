@@ -183,6 +183,10 @@ class MergePlan:
 
     def to_bytes(self) -> bytes:
         """The canonical bytes."""
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> bytes:
         return canonical(
             {"version": 2, "inputs": list(self.inputs), "steps": [_write_step(step) for step in self.steps]}
         )

@@ -104,6 +104,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The canonical bytes, whose SHA-256 is the ModelId."""
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> bytes:
         return canonical(
             {
                 "version": 1,
