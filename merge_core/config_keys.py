@@ -66,6 +66,9 @@ CONFIG_KEYS = frozenset(_NAMES.split())
 NESTED = "text_config"
 """Where models that also see or hear keep the keys of their decoder."""
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""The keys of config.json that state the number of layers."""
+
 LAYER_LISTS = frozenset(
     {"intermediate_size", "layer_types", "layers_block_type", "mlp_layer_types", "moe_layer_freq"}
     | {"no_rope_layers", "num_attention_heads", "num_key_value_heads"}
@@ -91,6 +94,17 @@ def stated(config: Mapping[str, Any], key: str) -> Any:
     """What a config says, or else its nested one; None where neither says anything."""
     nested = config.get(NESTED)
     return config.get(key, nested.get(key) if isinstance(nested, Mapping) else None)
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """The number of layers that config.json states, or None where it states none that makes sense."""
+    nested = config.get(NESTED)
+    for source in (config, nested if isinstance(nested, Mapping) else {}):
+        for key in LAYER_COUNTS:
+            value = source.get(key)
+            if type(value) is int and 0 < value < 1_000_000:
+                return value
+    return None
 
 
 def dropped(config: Mapping[str, Any]) -> tuple[str, ...]:

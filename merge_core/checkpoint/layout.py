@@ -1,18 +1,15 @@
 """Where a tensor sits in a transformer, read from its name: which layer, and in which role.
 
 Covers the usual names of decoder models on the Hugging Face hub (Llama, Mistral, Qwen, Gemma, Phi, GPT-2,
-GPT-NeoX, Bloom, Falcon, MPT). A name that says nothing is OTHER, with its layer if it has one.
+GPT-NeoX, Bloom, Falcon, MPT). A name that says nothing is OTHER, with its layer if it has one. All that is
+concluded from the names of tensors is concluded here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
-
-from merge_core.config_keys import NESTED
 
 
 class Role(StrEnum):
@@ -51,8 +48,13 @@ _ROLES = (
 )
 
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""The keys of config.json, or of its text_config, that state the number of layers."""
+_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
+_BEFORE = re.compile(r"embed|(^|\.)w[tp]e\.|rotary|relative_pe")
+_NO_TOKENS = re.compile(r"pos|wpe|type|relative|rotary|patch|image|vision")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings)\.weight$"
+)
 
 
 def place(tensor_name: str) -> Place:
@@ -71,12 +73,28 @@ def around_layer(tensor_name: str) -> tuple[str, int, str] | None:
     )
 
 
-def layer_count(config: Mapping[str, Any]) -> int | None:
-    """The number of layers that config.json states, or None where it states none that makes sense."""
-    nested = config.get(NESTED)
-    for source in (config, nested if isinstance(nested, Mapping) else {}):
-        for key in LAYER_COUNTS:
-            value = source.get(key)
-            if type(value) is int and 0 < value < 1_000_000:
-                return value
-    return None
+def is_derived(tensor_name: str) -> bool:
+    """Whether it is a table that some exporters store and every loader computes for itself."""
+    return tensor_name.endswith(_DERIVED)
+
+
+def lies_before(tensor_name: str) -> bool:
+    """Whether a tensor outside of the layers belongs to what comes before the first of them."""
+    return bool(_BEFORE.search(tensor_name.lower())) and place(tensor_name).role is not Role.HEAD
+
+
+def may_count_tokens(tensor_name: str) -> bool:
+    """Whether a tensor may have a row for each token: an embedding of tokens, the head, its bias."""
+    at = place(tensor_name)
+    outside = at.layer is None and at.role in (Role.EMBED, Role.HEAD)
+    return outside and not _NO_TOKENS.search(tensor_name.lower())
+
+
+def is_head(tensor_name: str) -> bool:
+    """Whether it is the matrix that turns states into tokens."""
+    return bool(_HEAD.search(tensor_name)) and around_layer(tensor_name) is None
+
+
+def is_embedding(tensor_name: str) -> bool:
+    """Whether it is the matrix that turns tokens into states, which a head may be tied to."""
+    return bool(_EMBEDDING.search(tensor_name)) and around_layer(tensor_name) is None

@@ -6,19 +6,13 @@ stores it, and the inputs that tie it give their embedding for it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from merge_core.checkpoint.layout import around_layer
+from merge_core.checkpoint.layout import is_embedding, is_head
 from merge_core.resolve.header import ModelHeader
 
 TIE = "tie_word_embeddings"
-
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings)\.weight$"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +32,9 @@ def head_of(headers: Mapping[str, ModelHeader]) -> Head | None:
     tied = {model: header for model, header in headers.items() if _ties(header)}
     # One that is untied says its name; else some copy does.
     for model in sorted(headers, key=lambda m: m in tied):
-        name = _only(headers[model], _HEAD)
+        name = _only(headers[model], is_head)
         if name is not None and tied:
-            embeddings = {m: _only(header, _EMBEDDING) for m, header in tied.items()}
+            embeddings = {m: _only(header, is_embedding) for m, header in tied.items()}
             return Head(name=name, is_stored=len(tied) < len(headers), embeddings=embeddings)
     return None
 
@@ -48,10 +42,10 @@ def head_of(headers: Mapping[str, ModelHeader]) -> Head | None:
 def _ties(header: ModelHeader) -> bool:
     """Whether a model's head is its embedding: its config says so, or says nothing and no head is stored."""
     stated = header.stated(TIE)
-    return stated if isinstance(stated, bool) else _only(header, _HEAD) is None
+    return stated if isinstance(stated, bool) else _only(header, is_head) is None
 
 
-def _only(header: ModelHeader, pattern: re.Pattern[str]) -> str | None:
-    """The one tensor outside of the layers whose name fits."""
-    found = [name for name in header.tensors if pattern.search(name) and around_layer(name) is None]
+def _only(header: ModelHeader, fits: Callable[[str], bool]) -> str | None:
+    """The one tensor whose name fits."""
+    found = list(filter(fits, header.tensors))
     return found[0] if len(found) == 1 else None

@@ -6,8 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_core.checkpoint.layout import LAYER_COUNTS
-from merge_core.config_keys import LAYER_LISTS, LAYER_NUMBERS, LAYER_PATTERNS, NESTED
+from merge_core.config_keys import LAYER_COUNTS, LAYER_LISTS, LAYER_NUMBERS, LAYER_PATTERNS, NESTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

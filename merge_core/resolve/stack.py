@@ -5,17 +5,13 @@ Names decide; there is no table of architectures.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from merge_core.checkpoint.layout import Role, around_layer, layer_count, place
+from merge_core.checkpoint.layout import around_layer, is_derived, lies_before
+from merge_core.config_keys import layer_count
 from merge_core.resolve.header import ModelHeader
-
-_BEFORE = re.compile(r"embed|(^|\.)w[tp]e\.|rotary|relative_pe")
-# Tables that some exporters store and every loader computes for itself.
-_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 
 Member: TypeAlias = tuple[str, str]
 """A tensor of a layer: what stands before the layer's number, and what stands after it."""
@@ -45,12 +41,11 @@ def stack_of(header: ModelHeader) -> Stack:
     layers: dict[int, dict[Member, str]] = {}
     loose: dict[bool, set[str]] = {True: set(), False: set()}
     for name in header.tensors:
-        if name.endswith(_DERIVED):
+        if is_derived(name):
             continue
         found = around_layer(name)
         if found is None:
-            is_before = bool(_BEFORE.search(name.lower())) and place(name).role is not Role.HEAD
-            loose[is_before].add(name)
+            loose[lies_before(name)].add(name)
         else:
             head, number, tail = found
             layers.setdefault(number, {})[head, tail] = name

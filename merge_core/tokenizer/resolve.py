@@ -6,12 +6,11 @@ it then names the tensors of the output that have a row for each token.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from merge_core.checkpoint.layout import Role, place
+from merge_core.checkpoint.layout import may_count_tokens
 from merge_core.checkpoint.manifest import MAX_FUNCTIONAL_FILE
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.config_keys import NESTED, stated
@@ -19,9 +18,6 @@ from merge_core.errors import Unmergeable
 from merge_core.tokenizer.choice import BASE, UNION, ModelToken, TokenChoice, TokenizerChoice
 from merge_core.tokenizer.plan import FromToken, Rule, TokenizerPlan
 from merge_core.tokenizer.union import Files, Tokenizers
-
-# Embeddings of something else than tokens.
-_OTHER = re.compile(r"pos|wpe|type|relative|rotary|patch|image|vision")
 
 _NAMED = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
 _MANY = 1000
@@ -40,12 +36,7 @@ def token_tensors(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) 
     """The tensors of a model that have one row for each token: the embedding, the head and its bias."""
     rows = stated(config, "vocab_size")
     return frozenset(
-        name
-        for name, info in tensors.items()
-        if place(name).layer is None
-        and place(name).role in (Role.EMBED, Role.HEAD)
-        and not _OTHER.search(name.lower())
-        and info.shape[:1] == (rows,)
+        name for name, info in tensors.items() if info.shape[:1] == (rows,) and may_count_tokens(name)
     )
 
 

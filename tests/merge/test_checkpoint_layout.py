@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_core.checkpoint.layout import Role, layer_count, place
+from merge_core.checkpoint.layout import Role, place
+from merge_core.config_keys import layer_count
 
 
 @pytest.mark.parametrize(
