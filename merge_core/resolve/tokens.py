@@ -36,9 +36,10 @@ class Tokens:
         if not made:
             return ["no tensor has a row for each token: vocab_size says another number"]
         numbers = {number: model for model, number in self.models.items()}
+        wanted = frozenset(made)
         lacking = {
             f"{operand.tensor} of {numbers[operand.source]} has no row for each token, as {name} has"
-            for name, operands in ((t.name, t.operands) for t in tensors if t.name in set(made))
+            for name, operands in ((t.name, t.operands) for t in tensors if t.name in wanted)
             for operand in operands
             if operand.tensor not in self.by_model[numbers[operand.source]]
         }

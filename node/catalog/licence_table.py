@@ -202,7 +202,7 @@ TABLE = (
 )
 
 _BY_NAME = {licence.name: licence for licence in TABLE}
-_NO_MERGE = re.compile(r"(?i)(^|[^a-z])cc-?by(-nc)?-nd($|[^a-z])|no-?deriv")
+_NO_MERGE = re.compile(r"(?i)(^|[^a-z])cc[ _-]*by([ _-]*nc)?[ _-]*nd($|[^a-z])|no[ _-]*deriv")
 
 
 def licence(name: str) -> Licence:

@@ -13,11 +13,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 from merge_core import plain_yaml
-from node.catalog.licence_table import TABLE
+from node.catalog.licence_table import TABLE, licence
 from node.domain.text import LICENCE
 from node.errors import UsageError
 
 NO_LICENCE = "NOASSERTION"
+_FORBIDDEN = "LicenseRef-no-derivatives"
 CARD = "README.md"
 MAX_FRONT_MATTER = 64 << 10
 
@@ -35,10 +36,12 @@ def spdx(text: str) -> str:
     known = _BY_FOLDED.get(name.casefold())
     if known is not None:
         return known
+    # What has no room for its words is not said, but for the one that must not be lost.
+    unsaid = _FORBIDDEN if licence(name).forbids_merging else NO_LICENCE
     if _COMPOUND_OR_REFERENCE.fullmatch(name):
-        return name if LICENCE.fullmatch(name) else NO_LICENCE
+        return name if LICENCE.fullmatch(name) else unsaid
     reference = "LicenseRef-" + re.sub(r"[^A-Za-z0-9.\-]+", "-", name).strip("-")
-    return reference if LICENCE.fullmatch(reference) and len(reference) > 11 else NO_LICENCE
+    return reference if LICENCE.fullmatch(reference) and len(reference) > 11 else unsaid
 
 
 def stated(text: str) -> str:
@@ -59,12 +62,18 @@ def of_card(directory: Path) -> str:
         matter = plain_yaml.parse(found[1])
     except ValueError:
         return NO_LICENCE
-    licence = matter.get("license") if isinstance(matter, dict) else None
-    if isinstance(licence, list) and len(licence) == 1:
-        licence = licence[0]
-    if licence == "other" and isinstance(matter, dict):
-        licence = matter.get("license_name", "other")
-    return spdx(licence) if isinstance(licence, str) else NO_LICENCE
+    told = matter.get("license") if isinstance(matter, dict) else None
+    if isinstance(told, list):
+        # All of them, or one of them? One that forbids is heard either way.
+        names = (name for name in told if isinstance(name, str))
+        told = told[0] if len(told) == 1 else next(filter(_forbids, names), None)
+    if told == "other" and isinstance(matter, dict):
+        told = matter.get("license_name", "other")
+    return spdx(told) if isinstance(told, str) else NO_LICENCE
+
+
+def _forbids(name: str) -> bool:
+    return licence(spdx(name)).forbids_merging
 
 
 def _head(card: Path) -> bytes:

@@ -26,6 +26,8 @@ _TOKEN = re.compile(r"[()]|[A-Za-z0-9.+:_-]+")
 Alternatives = frozenset[frozenset[str]]
 """An SPDX expression with its brackets multiplied out: one of these sets of licences has to be kept."""
 
+_UNSAID: Alternatives = frozenset({frozenset({NO_LICENCE})})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inherited:
@@ -48,9 +50,12 @@ def inherit(parents: Mapping[str, str]) -> Inherited:
     problems: list[str] = []
     warnings: list[str] = []
     whole: set[str] = set()
+    unsaid = not parents
     for name, stated in parents.items():
-        allowed = {one for one in alternatives(stated) if not any(licence(x).forbids_merging for x in one)}
-        if stated == NO_LICENCE:
+        choices = alternatives(stated)
+        allowed = {one for one in choices if not any(licence(x).forbids_merging for x in one)}
+        if choices == _UNSAID:
+            unsaid = True
             warnings.append(f"{name} says nothing about its licence, so nothing is said about the result's")
         elif not allowed:
             problems.append(f"{name} is under {stated}: nothing that is made of it may be passed on")
@@ -60,7 +65,7 @@ def inherit(parents: Mapping[str, str]) -> Inherited:
             whole.add(f"({' OR '.join(sorted(' AND '.join(sorted(one)) for one in allowed))})")
     kept = sorted(_most_demanding(whole), key=lambda name: (name.startswith("("), name))
     expression = " AND ".join(kept) if len(kept) > 1 else "".join(kept).removeprefix("(").removesuffix(")")
-    if NO_LICENCE in parents.values() or problems or not parents:
+    if unsaid or problems:
         expression = NO_LICENCE
     elif not LICENCE.fullmatch(expression):
         warnings.append(f"the result is under {expression}: an advert has no room for that")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from merge_core.errors import Unmergeable
 from node.catalog.licence_table import TABLE, licence
-from node.catalog.licences import NO_LICENCE, granted, spdx
+from node.catalog.licences import NO_LICENCE, granted, of_card, spdx
 from node.domain.text import LICENCE
 from node.merging.inherited import Inherited, alternatives, inherit
 
@@ -146,3 +147,35 @@ def test_the_table_names_each_licence_once_and_says_something_about_it() -> None
         ["CC0-1.0", "MIT", "Apache-2.0", "GPL-3.0-or-later", "AGPL-3.0-or-later"]
     ):
         assert licence(stronger).covers(licence(weaker)) and not licence(weaker).covers(licence(stronger))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CC BY-ND 4.0",
+        "cc by nc nd 4.0",
+        "CC BY - ND",
+        "CC_BY_ND_4.0",
+        "MIT AND LicenseRef-CC--BY--ND",
+        "Creative Commons Attribution-No Derivatives",
+        "(CC-BY-ND-4.0 WITH nothing) AND MIT",
+    ],
+)
+def test_however_people_write_it_a_licence_without_derivatives_forbids_a_merge(words: str) -> None:
+    found = of(spdx(words), "MIT")
+    assert found.problems and found.licence == NO_LICENCE
+
+
+@pytest.mark.parametrize("words", ["noassertion", "(NOASSERTION)", "NoAssertion OR NOASSERTION"])
+def test_nothing_said_is_nothing_said_however_it_is_written(words: str) -> None:
+    found = of(words, "MIT")
+    assert found.licence == NO_LICENCE
+    assert any("says nothing about its licence" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    "words", ["'CC-BY-ND-4.0 AND " + "a" * 90 + "'", "[mit, cc-by-nd-4.0]", "(CC-BY-NC-ND-4.0)"]
+)
+def test_a_card_cannot_hide_that_it_forbids_derivatives(words: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {words}\n---\n")
+    assert of(of_card(tmp_path)).problems
