@@ -12,6 +12,7 @@ An empty tensor is one empty leaf. Digests are 32 raw bytes here and hex in JSON
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from blake3 import blake3
@@ -20,6 +21,9 @@ from merge_core.digest import canonical
 
 LEAF_SIZE = 1 << 20
 DIGEST_SIZE = 32
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./\-]*")
 
 
 def _key(context: str) -> bytes:
@@ -56,13 +60,21 @@ def content_root(leaves: Sequence[bytes]) -> bytes:
 
 def tensor_root(dtype: str, shape: Sequence[int], length: int, content: bytes) -> bytes:
     """Bind a content root to the type and shape under which its bytes are read."""
-    return blake3(canonical([dtype, list(shape), length, content.hex()]), key=_TENSOR_KEY).digest()
+    bound = f'["{dtype}",[{",".join(map(str, shape))}],{length},"{content.hex()}"]'
+    return blake3(bound.encode(), key=_TENSOR_KEY).digest()
 
 
 def tensor_set_root(tensors: Iterable[tuple[str, bytes]]) -> bytes:
     """Fold (name, tensor root) pairs into the root of a model's weights, whatever order they come in."""
-    leaves = [leaf_digest(canonical([name, root.hex()])) for name, root in sorted(tensors)]
+    leaves = [leaf_digest(_entry(name, root)) for name, root in sorted(tensors)]
     return content_root(leaves or [leaf_digest(b"")])
+
+
+def _entry(name: str, root: bytes) -> bytes:
+    """The array [name, root], spelled here where no character needs care: models have many tensors."""
+    if _PLAIN.fullmatch(name):
+        return f'["{name}","{root.hex()}"]'.encode()
+    return canonical([name, root.hex()])
 
 
 def prove(leaves: Sequence[bytes], index: int) -> tuple[bytes, ...]:

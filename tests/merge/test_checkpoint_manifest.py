@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from merge_core.checkpoint import merkle
 from merge_core.checkpoint.manifest import (
+    TENSOR_NAME,
     FileRecord,
     LeafTable,
     Manifest,
@@ -168,3 +169,20 @@ def test_a_leaf_table_of_another_length_is_refused() -> None:
     for data in (b"", leaves.to_bytes()[:-1], leaves.to_bytes() + bytes(32)):
         with pytest.raises(CorruptCheckpoint, match="belong"):
             LeafTable.parse(made, data)
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=20) | st.from_regex(TENSOR_NAME, fullmatch=True), st.binary(min_size=32, max_size=32)
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_roots_are_over_canonical_arrays_however_they_are_spelled(tensors: dict[str, bytes]) -> None:
+    tensors = {name: root for name, root in tensors.items() if name.isprintable()}
+    leaves = [merkle.leaf_digest(canonical([name, root.hex()])) for name, root in sorted(tensors.items())]
+    expected = merkle.content_root(leaves or [merkle.leaf_digest(b"")])
+    assert merkle.tensor_set_root(tensors.items()) == expected
+    key = blake3(b"", derive_key_context="weft tensor v1").digest()
+    for root in tensors.values():
+        bound = canonical(["BF16", [3, 4], 24, root.hex()])
+        assert merkle.tensor_root("BF16", (3, 4), 24, root) == blake3(bound, key=key).digest()
