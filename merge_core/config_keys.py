@@ -1,7 +1,8 @@
-"""The keys of config.json that a merged model keeps: what language models compute with, as plain data.
+"""The keys of config.json: those that a merged model keeps, and what some of them say of layers.
 
-An allow-list, because a key that nobody here has heard of may name code, a kernel or a path. What is dropped
-is reported when a recipe is checked, so that a missing key of a new architecture is noticed before the merge.
+Kept is what language models compute with, as plain data: an allow-list, because a key that nobody here has
+heard of may name code, a kernel or a path. What is dropped is reported when a recipe is checked, so that a
+missing key of a new architecture is noticed before the merge.
 """
 
 from __future__ import annotations
@@ -85,6 +86,14 @@ LAYER_PATTERNS = frozenset(
     | {"global_attn_every_n_layers", "interleave_moe_layer_step"}
 )
 """Keys by which a loader works out from a layer's number what it is."""
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
+"""Keys that name tokens by their ids."""
+
+CHANGED = frozenset(
+    {"tie_word_embeddings", "vocab_size", *LAYER_COUNTS, *TOKEN_IDS} | LAYER_LISTS | LAYER_NUMBERS
+)
+"""Keys whose values a merge may have to change, of the config or of the nested one."""
 
 _SILENT = frozenset({"_attn_implementation_autoset", "_name_or_path", "auto_map", "dtype", "torch_dtype"})
 """Dropped without a word, or written anew."""

@@ -19,6 +19,7 @@ from typing import Any
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.manifest import MAX_DIMENSIONS, MAX_TENSORS, TENSOR_NAME
 from merge_core.checkpoint.source import TensorInfo
+from merge_core.config_keys import CHANGED, NESTED
 from merge_core.digest import Digest, ModelId, canonical, check_version, parse_bounded, sha256
 from merge_core.errors import CorruptCheckpoint, InvalidRecipe
 from merge_core.operators import COPY, find
@@ -335,6 +336,8 @@ def _tokenizer(value: Any, tensors: Sequence[TensorPlan], sources: int) -> Token
 def _config(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or len(json.dumps(value)) > MAX_CONFIG_CHANGES:
         raise ValueError("the changes of the config")
+    if odd := [key for key in value if key.removeprefix(f"{NESTED}.") not in CHANGED]:
+        raise ValueError(f"no merge changes {odd[0][:80]!r} of the config")
     return value
 
 

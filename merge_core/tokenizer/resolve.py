@@ -13,13 +13,12 @@ from typing import Any
 from merge_core.checkpoint.layout import may_count_tokens
 from merge_core.checkpoint.manifest import MAX_FUNCTIONAL_FILE
 from merge_core.checkpoint.source import TensorInfo
-from merge_core.config_keys import NESTED, stated
+from merge_core.config_keys import NESTED, TOKEN_IDS, stated
 from merge_core.errors import Unmergeable
 from merge_core.tokenizer.choice import BASE, UNION, ModelToken, TokenChoice, TokenizerChoice
 from merge_core.tokenizer.plan import FromToken, Rule, TokenizerPlan
 from merge_core.tokenizer.union import Files, Tokenizers
 
-_NAMED = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id")
 _MANY = 1000
 _HINT = "name one of the models of the merge, then: weft plan RECIPE"
 
@@ -85,7 +84,7 @@ def config_changes(plan: TokenizerPlan, donor: Mapping[str, Any], giver: Mapping
 
     `giver` is the config of the model whose tokenizer it is: the tokens that a model names by id are its.
     """
-    changed = {key: giver[key] for key in _NAMED if key in giver and giver[key] != donor.get(key)}
+    changed = {key: giver[key] for key in TOKEN_IDS if key in giver and giver[key] != donor.get(key)}
     is_nested = "vocab_size" not in donor and isinstance(donor.get(NESTED), Mapping)
     return changed | {f"{NESTED}.vocab_size" if is_nested else "vocab_size": plan.rows}
 

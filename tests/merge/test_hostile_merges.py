@@ -278,3 +278,15 @@ def test_a_number_beyond_all_floats_is_no_plan() -> None:
     assert b"0x1.0000000000000p+1" in data
     with pytest.raises(CorruptCheckpoint, match="not a merge plan"):
         MergePlan.parse(data.replace(b"0x1.0000000000000p+1", b"0x1.0000000000000p+9999"))
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "hidden_act", "auto_map", "text_config.rope_theta"])
+def test_a_plan_changes_nothing_of_a_config_that_no_merge_changes(key: str) -> None:
+    (step,) = rounds(("passthrough", "BF16"), shape=(4, 4)).steps
+    for name, sound in ((key, False), ("num_hidden_layers", True), ("text_config.vocab_size", True)):
+        plan = MergePlan(inputs=(MODEL,), steps=(replace(step, config={name: 1}),))
+        if sound:
+            assert MergePlan.parse(plan.to_bytes()) == plan
+        else:
+            with pytest.raises(CorruptCheckpoint, match="no merge changes"):
+                MergePlan.parse(plan.to_bytes())
