@@ -38,7 +38,8 @@ def parse_all(text: str) -> list[Any]:
             documents.append(None if node is None else _value(node))
         return documents
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from error
+        told = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
+        raise ValueError(told[:300]) from error
     finally:
         if loader is not None:
             loader.dispose()

@@ -82,8 +82,11 @@ class _Reader:
         if not isinstance(value, dict):
             self._fault("a recipe is a mapping with the keys merge_method and models")
             return None
-        self._unknown(value, _KEYS, "")
         operator = self._operator(value.get("merge_method"))
+        known = [parameter.name for parameter in operator.parameters] if operator else []
+        for key in sorted(value.keys() & known):
+            self._fault(f"{key} is a setting of {value['merge_method']}: write it under parameters")
+        self._unknown(value, _KEYS.union(known), "")
         made = self._made(value)
         merge = Merge(
             name=self._name(value.get("name")),

@@ -163,8 +163,8 @@ class _Reader:
 
     def _plain(self, value: Any) -> float | bool | tuple[float, ...] | None:
         if self.declared.flag:
-            if isinstance(value, bool):
-                return value
+            if isinstance(value, int | float) and value in (0, 1):  # mergekit writes 1.0 for true
+                return bool(value)
             self.fault("true or false is needed")
             return None
         if not isinstance(value, list):

@@ -117,10 +117,10 @@ class Merge:
         inputs = (i.parameters for i in part.inputs)
         return filters(*inputs, part.parameters, self.module_parameters, self.parameters)
 
-    def speaks_of(self, name: str, part: Slice) -> bool:
-        """Whether anything is said of one setting for a slice, of whatever tensors."""
+    def speaks_of(self, name: str, part: Slice, of: Input | None) -> bool:
+        """Whether anything is said of one setting, of an input where it has its own, for whatever tensors."""
         scopes = (part.parameters, self.module_parameters, self.parameters)
-        return any(name in scope for scope in (*scopes, *(i.parameters for i in part.inputs)))
+        return any(name in scope for scope in (scopes if of is None else (of.parameters, *scopes)))
 
     def value(self, name: str, part: Slice, of: Input | None, tensor: str, depth: float) -> Value | None:
         """What is said of one setting for one tensor of a slice, its default included.

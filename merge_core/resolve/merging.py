@@ -266,9 +266,12 @@ class Merging:
                 values = [merge.value(declared.name, part.slice, None, site.name, site.depth)]
             numbers = [value for value in values if value is not None and not isinstance(value, tuple)]
             if len(numbers) < len(values):
-                missing = [i.model for (i, _), value in zip(experts, values, strict=False) if value is None]
-                whose = f" of {', '.join(missing)}" if declared.each else ""
-                where = f" for {site.name}" if merge.speaks_of(declared.name, part.slice) else ""
+                missing = [i for (i, _), value in zip(experts, values, strict=False) if value is None]
+                whose = f" of {', '.join(i.model for i in missing)}" if declared.each else ""
+                told = [
+                    merge.speaks_of(declared.name, part.slice, i if declared.each else None) for i in missing
+                ]
+                where = f" for {site.name}" if any(told) else ""
                 problem = f"the recipe gives no {declared.name}{whose}{where}"
                 if problem not in self.problems:
                     self.problems.append(problem)

@@ -138,6 +138,8 @@ def test_a_weight_that_covers_no_tensor_is_a_problem() -> None:
 def test_a_weight_that_nothing_is_said_of_is_one_problem_and_not_one_for_each_tensor() -> None:
     recipe = parse("merge_method: linear\nmodels: [{model: math}, {model: code}]")
     assert check(recipe, HEADERS).problems == ("the recipe gives no weight of math, code",)
+    recipe = parse("merge_method: linear\nmodels: [{model: math, parameters: {weight: 1}}, {model: code}]")
+    assert check(recipe, HEADERS).problems == ("the recipe gives no weight of code",)
 
 
 def test_a_stored_copy_of_tied_weights_and_derived_tables_are_no_obstacle() -> None:

@@ -218,7 +218,7 @@ models:
   - {model: a, parameters: {density: -1, weight: heavy, gamma: 1}}
   - {model: a}
   - {model: b+lora}
-parameters: {normalize: 1, epsilon: true}
+parameters: {normalize: 2, epsilon: true}
 dtype: float64
 residual: auto
 """)
@@ -238,6 +238,14 @@ residual: auto
         assert any(word in fault for fault in faults), word
 
 
+@pytest.mark.parametrize(("spelled", "meant"), [("true", True), ("1.0", True), ("0", False), ("no", False)])
+def test_a_flag_may_be_a_number(spelled: str, meant: bool) -> None:
+    (merge,) = parse(
+        f"merge_method: linear\nmodels: [{{model: a}}]\nparameters: {{normalize: {spelled}}}"
+    ).merges
+    assert merge.parameters["normalize"] is meant
+
+
 @pytest.mark.parametrize("spelled", ["bfloat16", "torch.bfloat16"])
 def test_a_type_is_read_as_torch_prints_it_too(spelled: str) -> None:
     (merge,) = parse(f"merge_method: passthrough\nmodels: [{{model: a}}]\ndtype: {spelled}").merges
@@ -254,6 +262,7 @@ KEYS = {
         ("name: ./soup", "name ./soup: a merge is called by letters"),
         ("name: soup", "every merge but the last has one"),
         ("parameters: {scale: 1}", "scale: not a setting of linear, which has weight, normalize"),
+        ("normalize: false", "normalize is a setting of linear: write it under parameters"),
         ("dytpe: float16", "dytpe: not supported (is dtype meant?)"),
         ("merge_mehtod: slerp", "merge_mehtod: not supported (is merge_method meant?)"),
     ],
@@ -369,6 +378,7 @@ def test_merges_that_make_no_graph_are_refused(texts: list[str], why: str) -> No
         ('merge_method: "\\ud800"', "not YAML"),
         ('merge_method: "\\UFFFFFFFF"', "not YAML"),
         ("? [a]\n: 1", "not YAML: a key that is not text"),
+        ("merge_method: linear\n\tmodels: []", "that cannot start any token, line 2, column 1"),
         ("merge_method: 0x" + "f" * 800_000, "not supported"),
         ("merge_method: 1" + ":59" * 60_000, "not supported"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 010}}]", "a number is needed"),
