@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
+from merge_core.execute import Material
+from merge_core.plan import MergePlan
+from merge_core.recipe import parse
+from merge_core.resolve import draft, header_of
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,6 +62,30 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return write
+
+
+@pytest.fixture
+def sealed() -> Iterator[Callable[..., tuple[MergePlan, list[Material]]]]:
+    """`sealed(recipe)`: its plan over the directories that it names, which stay open, and the plan's inputs.
+
+    `within` is the folder of directories that are named without one.
+    """
+    with ExitStack() as stack:
+
+        def seal(text: str, within: Path = Path()) -> tuple[MergePlan, list[Material]]:
+            recipe = parse(text)
+            opened = {m: stack.enter_context(Checkpoint.open(within / m)) for m in recipe.models}
+            measured = {m: measure(checkpoint) for m, checkpoint in opened.items()}
+            drafted = draft(recipe, {m: header_of(checkpoint) for m, checkpoint in opened.items()})
+            plan = drafted.seal({m: found.manifest.model_id for m, found in measured.items()})
+            return plan, [
+                Material(
+                    tensors=VerifiedSource(opened[m], measured[m].leaves), files=opened[m].functional_files
+                )
+                for m in recipe.models
+            ]
+
+        yield seal
 
 
 @pytest.fixture

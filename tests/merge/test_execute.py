@@ -89,30 +89,26 @@ def material(checkpoint: Checkpoint, measured: Measured) -> Material:
 
 
 @pytest.fixture
-def world(save: Callable[..., Path], weights: Callable[..., torch.Tensor], tmp_path: Path):  # type: ignore[no-untyped-def]
+def world(
+    save: Callable[..., Path],
+    weights: Callable[..., torch.Tensor],
+    sealed: Callable[..., tuple[MergePlan, list[Material]]],
+    tmp_path: Path,
+) -> Callable[..., World]:
     """`world("ties")`: three models with a tensor of several chunks; base in float32, the rest in bf16."""
-    with ExitStack() as stack:
 
-        def build(method: str, long: int = LONG) -> World:
-            paths = {}
-            for model in MODELS:
-                dtype = torch.float32 if model == "base" else torch.bfloat16
-                tensors = {
-                    name: weights(f"{model} {name}", *shape, dtype=dtype)
-                    for name, shape in shapes(long).items()
-                }
-                tensors["model.position_ids"] = torch.arange(5)
-                paths[model] = save(f"{method}/{model}", tensors)
-            recipe = parse(RECIPES[method])
-            opened = {m: stack.enter_context(Checkpoint.open(paths[m])) for m in recipe.models}
-            measured = {m: measure(c) for m, c in opened.items()}
-            drafted = draft(recipe, {m: header_of(c) for m, c in opened.items()})
-            return World(
-                plan=drafted.seal({m: x.manifest.model_id for m, x in measured.items()}),
-                inputs=[material(opened[m], measured[m]) for m in recipe.models],
-            )
+    def build(method: str, long: int = LONG) -> World:
+        for model in MODELS:
+            dtype = torch.float32 if model == "base" else torch.bfloat16
+            tensors = {
+                name: weights(f"{model} {name}", *shape, dtype=dtype) for name, shape in shapes(long).items()
+            }
+            tensors["model.position_ids"] = torch.arange(5)
+            save(f"{method}/{model}", tensors)
+        plan, inputs = sealed(RECIPES[method], tmp_path / method)
+        return World(plan=plan, inputs=inputs)
 
-        yield build
+    return build
 
 
 @pytest.mark.parametrize("method", RECIPES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import CorruptCheckpoint, Unmergeable
-from merge_core.execute import Material, audit, run
+from merge_core.execute import audit, run
 from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import find, kernels
 from merge_core.operators.base import Array, Chunk, Parameters
@@ -27,7 +25,7 @@ from merge_core.operators.della import limits
 from merge_core.operators.testing import Held, computed, same_bits, trial
 from merge_core.operators.trimming import NOTHING, Cut, cut_at, cuts, delta_magnitudes, trace_cuts, uppers
 from merge_core.recipe import parse
-from merge_core.resolve import ModelHeader, check, draft, header_of
+from merge_core.resolve import ModelHeader, check
 from merge_core.trace import Trace
 
 Wide = np.ndarray[Any, np.dtype[np.float64]]
@@ -574,7 +572,11 @@ def test_damage_in_an_input_shows_though_the_element_is_dropped(
 
 @pytest.mark.parametrize("name", [*CHANCE, *TRIMMED])
 def test_restored_norms_are_the_same_on_any_threads_and_chunks_and_survive_an_audit(
-    name: str, save: Callable[..., Path], weights: Callable[..., torch.Tensor], tmp_path: Path
+    name: str,
+    save: Callable[..., Path],
+    weights: Callable[..., torch.Tensor],
+    sealed: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     shapes = {"model.layers.0.mlp.up_proj.weight": (1201, 997), "model.norm.weight": (33,)}
     base = {tensor: weights(tensor, *shape) for tensor, shape in shapes.items()}
@@ -582,32 +584,23 @@ def test_restored_norms_are_the_same_on_any_threads_and_chunks_and_survive_an_au
         near = {t: base[t] + weights(f"{model} {t}", *s) / 8 for t, s in shapes.items()}
         save(model, near if model != "base" else base)
     flag = "rescale_l1" if name in CHANCE else "rescale"
-    recipe = parse(
+    plan, inputs = sealed(
         f"merge_method: {name}\nbase_model: {tmp_path / 'base'}\nparameters: {{density: 0.4, {flag}: true}}\n"
         f"models:\n  - {{model: {tmp_path / 'math'}, parameters: {{weight: 0.7}}}}\n"
         f"  - {{model: {tmp_path / 'code'}, parameters: {{weight: 0.4}}}}\n"
     )
-    with ExitStack() as stack:
-        opened = {m: stack.enter_context(Checkpoint.open(Path(m))) for m in recipe.models}
-        known = {m: measure(checkpoint) for m, checkpoint in opened.items()}
-        drafted = draft(recipe, {m: header_of(checkpoint) for m, checkpoint in opened.items()})
-        plan = drafted.seal({m: found.manifest.model_id for m, found in known.items()})
-        inputs = [
-            Material(tensors=VerifiedSource(opened[m], known[m].leaves), files=opened[m].functional_files)
-            for m in recipe.models
-        ]
-        runs = [
-            run(
-                plan,
-                inputs,
-                tmp_path / f"out {n}",
-                journal=tmp_path / f"journal {n}",
-                threads=n,
-                chunk_elements=c,
-            )
-            for n, c in ((1, CHUNK_ELEMENTS), (2, 2 * CHUNK_ELEMENTS))
-        ]
-        report = audit(plan, runs[0].trace, inputs, runs[0].manifest, runs[0].leaves)
+    runs = [
+        run(
+            plan,
+            inputs,
+            tmp_path / f"out {n}",
+            journal=tmp_path / f"journal {n}",
+            threads=n,
+            chunk_elements=c,
+        )
+        for n, c in ((1, CHUNK_ELEMENTS), (2, 2 * CHUNK_ELEMENTS))
+    ]
+    report = audit(plan, runs[0].trace, inputs, runs[0].manifest, runs[0].leaves)
     assert runs[0].manifest == runs[1].manifest
     assert runs[0].trace == runs[1].trace == Trace.parse(plan, runs[0].trace.to_bytes())
     assert all(len(runs[0].trace.of(0, tensor)["norm"]) == 2 for tensor in shapes)

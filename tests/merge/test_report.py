@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from merge_core import execute
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.checkpoint.writer import partial_path
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.operators import COPY
 from merge_core.plan import MergePlan, Operand, Step, TensorPlan
-from merge_core.recipe import parse
 from merge_core.report import MAX_TEXT, Extreme, Norms, Reading, Report, read_text, report
-from merge_core.resolve import draft, header_of
 
 NAMES = (
     "lm_head.weight",
@@ -174,40 +170,31 @@ METHODS = {
 
 
 @pytest.fixture
-def run(save: Callable[..., Path], weights: Callable[..., torch.Tensor], tmp_path: Path):  # type: ignore[no-untyped-def]
+def run(
+    save: Callable[..., Path],
+    weights: Callable[..., torch.Tensor],
+    sealed: Callable[..., tuple[MergePlan, list[execute.Material]]],
+    tmp_path: Path,
+) -> Callable[..., MergePlan]:
     """`run("ties", norms)`: merge three models of which one tensor has several pieces, cut within rows."""
     shapes = {"model.layers.0.w": (1100, 1003), "model.layers.1.w": (40, 9), "model.norm.weight": (7,)}
-    with ExitStack() as stack:
 
-        def merge(method: str, norms: Norms, **options: object) -> MergePlan:
-            paths = [tmp_path / method / name for name in ("base", "math", "code")]
-            for path in paths:
-                if not path.exists():
-                    drawn = {
-                        n: weights(f"{path.name} {n}", *s, dtype=torch.bfloat16) for n, s in shapes.items()
-                    }
-                    save(f"{method}/{path.name}", drawn | {"ids": torch.arange(3)})
-            text = METHODS[method].replace("BASE", str(paths[0]))
-            listed = paths[1:] if "base_model" in text else paths
-            text += "".join(f"  - {{model: {path}, parameters: {{weight: 0.7}}}}\n" for path in listed)
-            recipe = parse(text)
-            opened = {model: stack.enter_context(Checkpoint.open(Path(model))) for model in recipe.models}
-            known = {model: measure(checkpoint) for model, checkpoint in opened.items()}
-            drafted = draft(recipe, {model: header_of(checkpoint) for model, checkpoint in opened.items()})
-            plan = drafted.seal({model: found.manifest.model_id for model, found in known.items()})
-            materials = [
-                execute.Material(
-                    tensors=VerifiedSource(opened[model], known[model].leaves),
-                    files=opened[model].functional_files,
-                )
-                for model in recipe.models
-            ]
-            target = tmp_path / method / "out"
-            journal = target.with_suffix(".journal")
-            execute.run(plan, materials, target, journal=journal, observe=norms.observe, **options)  # type: ignore[arg-type]
-            return plan
+    def merge(method: str, norms: Norms, **options: object) -> MergePlan:
+        paths = [tmp_path / method / name for name in ("base", "math", "code")]
+        for path in paths:
+            if not path.exists():
+                drawn = {n: weights(f"{path.name} {n}", *s, dtype=torch.bfloat16) for n, s in shapes.items()}
+                save(f"{method}/{path.name}", drawn | {"ids": torch.arange(3)})
+        text = METHODS[method].replace("BASE", str(paths[0]))
+        listed = paths[1:] if "base_model" in text else paths
+        text += "".join(f"  - {{model: {path}, parameters: {{weight: 0.7}}}}\n" for path in listed)
+        plan, inputs = sealed(text)
+        target = tmp_path / method / "out"
+        journal = target.with_suffix(".journal")
+        execute.run(plan, inputs, target, journal=journal, observe=norms.observe, **options)  # type: ignore[arg-type]
+        return plan
 
-        yield merge
+    return merge
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from merge_core.checkpoint import merkle
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
+from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.execute import Material, Merged, audit, leaf, run
 from merge_core.functional import result_files
 from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.plan import MergePlan
-from merge_core.recipe import parse
-from merge_core.resolve import draft, header_of
 from merge_core.trace import Trace
 
 LONG = CHUNK_ELEMENTS + 70_001
@@ -62,27 +59,17 @@ def models(save: Callable[..., Path], weights: Callable[..., torch.Tensor]) -> N
 
 
 @pytest.fixture
-def merge(models: None, tmp_path: Path) -> Iterator[Merge]:
+def merge(models: None, sealed: Callable[..., tuple[MergePlan, list[Material]]], tmp_path: Path) -> Merge:
     """Merge a recipe over the directories that it names, and put the result among them."""
-    with ExitStack() as stack:
 
-        def do(text: str, target: str, **options: object) -> tuple[MergePlan, list[Material], Merged]:
-            recipe = parse(text)
-            opened = {m: stack.enter_context(Checkpoint.open(tmp_path / m)) for m in recipe.models}
-            measured = {m: measure(c) for m, c in opened.items()}
-            plan = draft(recipe, {m: header_of(c) for m, c in opened.items()}).seal(
-                {m: x.manifest.model_id for m, x in measured.items()}
-            )
-            inputs = [
-                Material(tensors=VerifiedSource(c, measured[m].leaves), files=c.functional_files)
-                for m, c in opened.items()
-            ]
-            journal = tmp_path / f"{target}.journal"
-            merged = run(plan, inputs, tmp_path / target, journal=journal, **options)  # type: ignore[arg-type]
-            finish(plan, inputs, tmp_path / target)
-            return plan, inputs, merged
+    def do(text: str, target: str, **options: object) -> tuple[MergePlan, list[Material], Merged]:
+        plan, inputs = sealed(text, tmp_path)
+        journal = tmp_path / f"{target}.journal"
+        merged = run(plan, inputs, tmp_path / target, journal=journal, **options)  # type: ignore[arg-type]
+        finish(plan, inputs, tmp_path / target)
+        return plan, inputs, merged
 
-        yield do
+    return do
 
 
 def finish(plan: MergePlan, inputs: Sequence[Material], target: Path) -> None:
