@@ -26,7 +26,9 @@ _INNER = f"{NESTED}."
 _TEXT = 4096
 
 _GENERATION_REFUSED = frozenset({"auto_map", "custom_generate", "cache_implementation", "compile_config"})
-_TOKENIZER_REFUSED = frozenset({"auto_map", "name_or_path", "tokenizer_file"})
+_TOKENIZER_REFUSED = frozenset({"auto_map", "name_or_path"})
+_PATHS = ("_file", "_path")
+"""How keys of tokenizer_config.json end that loaders open, wherever they lead."""
 
 
 def result_files(plan: MergePlan, inputs: Sequence[Files]) -> dict[str, bytes]:
@@ -79,8 +81,10 @@ def output_files(step: Step, donor_files: Mapping[str, bytes]) -> dict[str, byte
             data = _write(_without(_object(name, data), _GENERATION_REFUSED))
         elif name == "tokenizer_config.json":
             refused = _TOKENIZER_REFUSED | ({"chat_template"} if step.chat_template is not None else set())
-            if refused & _object(name, data).keys():
-                data = _write(_without(_object(name, data), refused, plain=False))
+            value = _object(name, data)
+            refused |= {key for key in value if key.endswith(_PATHS)}
+            if refused & value.keys():
+                data = _write(_without(value, refused, plain=False))
         files[name] = data
     if step.chat_template is not None:
         files["chat_template.jinja"] = step.chat_template.encode()

@@ -25,6 +25,7 @@ from merge_core.errors import CorruptCheckpoint, InvalidRecipe
 from merge_core.operators import COPY, find
 from merge_core.operators.base import Operator, Parameter, Value
 from merge_core.tokenizer.plan import TokenizerPlan
+from merge_core.tokenizer.templates import MAX_TEMPLATE
 
 MAX_PLAN = 64 << 20
 MAX_INPUTS = 65
@@ -302,7 +303,7 @@ def _step(value: Any, inputs: int, earlier: Sequence[Step]) -> Step:
     architecture, template = value["architecture"], value.get("chatTemplate")
     if not isinstance(architecture, str) or not 0 < len(architecture) <= 128:
         raise ValueError("the architecture")
-    if template is not None and not isinstance(template, str):
+    if template is not None and not (isinstance(template, str) and len(template) <= MAX_TEMPLATE):
         raise ValueError("the chat template")
     if not isinstance(value["tensors"], list) or not value["tensors"]:
         raise ValueError("the list of tensors")

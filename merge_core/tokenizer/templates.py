@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from merge_core.errors import CorruptCheckpoint
 from merge_core.tokenizer.vocabulary import CONFIG, parse_object
 
 AUTO = "auto"
@@ -114,9 +115,18 @@ def tells_of(choice: str | None, template: str | None) -> bool:
 def _of(files: Mapping[str, bytes]) -> str | None:
     """The template of a model."""
     if FILE in files:
-        return files[FILE].decode("utf-8", "replace").strip()
+        return _bounded(files[FILE].decode("utf-8", "replace"))
     told = parse_object(CONFIG, files.get(CONFIG, b"{}")).get("chat_template")
     if isinstance(told, list):
         named = [item for item in told if isinstance(item, dict) and item.get("name") == "default"]
         told = named[0].get("template") if named else None
-    return told.strip()[:MAX_TEMPLATE] if isinstance(told, str) else None
+    return _bounded(told) if isinstance(told, str) else None
+
+
+def _bounded(template: str) -> str:
+    if len(template) > MAX_TEMPLATE:
+        raise CorruptCheckpoint(
+            f"a chat template of {len(template)} characters; at most {MAX_TEMPLATE} are read",
+            hint="name one in the recipe: chat_template: chatml",
+        )
+    return template.strip()

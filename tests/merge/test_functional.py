@@ -122,6 +122,18 @@ def test_a_tokenizer_config_that_names_code_loses_it() -> None:
     assert json.loads(written["generation_config.json"]) == {"temperature": 0.5, "eos_token_id": [1]}
 
 
+def test_a_tokenizer_config_that_leads_elsewhere_loses_its_paths() -> None:
+    elsewhere = {
+        "vocab_file": "/etc/passwd",
+        "spm_file": "../x",
+        "name_or_path": "a/b",
+        "tokenizer_file": "c",
+    }
+    given = files(tokenizer_config__json=json.dumps({**elsewhere, "model_max_length": 512}).encode())
+    written = output_files(plan().result, given)
+    assert json.loads(written["tokenizer_config.json"]) == {"model_max_length": 512}
+
+
 def test_the_bytes_do_not_depend_on_the_order_of_keys() -> None:
     shuffled = json.dumps(dict(reversed(CONFIG.items()))).encode()
     assert output_files(plan().result, {"config.json": shuffled}) == output_files(plan().result, files())

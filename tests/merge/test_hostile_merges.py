@@ -290,3 +290,14 @@ def test_a_plan_changes_nothing_of_a_config_that_no_merge_changes(key: str) -> N
         else:
             with pytest.raises(CorruptCheckpoint, match="no merge changes"):
                 MergePlan.parse(plan.to_bytes())
+
+
+def test_a_plan_holds_no_chat_template_that_no_recipe_may_have() -> None:
+    (step,) = rounds(("passthrough", "BF16"), shape=(4, 4)).steps
+    for length, sound in ((1 << 18, True), ((1 << 18) + 1, False)):
+        plan = MergePlan(inputs=(MODEL,), steps=(replace(step, chat_template="{" * length),))
+        if sound:
+            assert MergePlan.parse(plan.to_bytes()) == plan
+        else:
+            with pytest.raises(CorruptCheckpoint, match="the chat template"):
+                MergePlan.parse(plan.to_bytes())

@@ -442,6 +442,10 @@ def test_auto_is_the_most_frequent_template_and_the_first_of_equals() -> None:
     assert templates.written_out("auto", [model("{a}", b"{c}"), model("{a}", b"{c}")]) == "{c}"
     assert templates.written_out("auto", [model()]) is None
     assert templates.written_out("{{ x }}", []) == "{{ x }}"
+    # Longer than a plan takes, and of no use cut off.
+    for long in (model("{" * (1 << 18) + "}"), model(None, b"{" * (1 << 18) + b"}")):
+        with pytest.raises(CorruptCheckpoint, match="a chat template of 262145 characters"):
+            templates.written_out("auto", [model("{a}"), long])
 
 
 def test_every_refusal_is_a_typed_error_with_a_hint() -> None:
