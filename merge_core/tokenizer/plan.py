@@ -17,6 +17,8 @@ MAX_ROWS = 1 << 22
 MAX_RULES = 4096
 MAX_TOKEN = 4096
 """Characters."""
+MAX_MAPPED = 1 << 26
+"""Rows of all operands of all tensors that have one for each token: the origin of each lies in memory."""
 MAX_WIDTH = 1 << 20
 """Elements of a row: some are in memory at once."""
 
@@ -116,6 +118,8 @@ class TokenizerPlan:
         by_name = {tensor.name: tensor for tensor in tensors}
         copied = {rule.fill.source for rule in self.rules if isinstance(rule.fill, FromToken)}
         models = set(self.models)
+        if self.rows * sum(len(by_name[n].operands) for n in self.tensors if n in by_name) > MAX_MAPPED:
+            return f"more than {MAX_MAPPED} rows would be told apart"
         for name in self.tensors:
             made = by_name.get(name)
             if made is None or not made.shape or made.shape[0] != self.rows:

@@ -301,3 +301,23 @@ def test_a_plan_holds_no_chat_template_that_no_recipe_may_have() -> None:
         else:
             with pytest.raises(CorruptCheckpoint, match="the chat template"):
                 MergePlan.parse(plan.to_bytes())
+
+
+def test_no_plan_fills_the_memory_with_rows_of_tokens() -> None:
+    """The parents may have a few rows, and the output many, for each of which all of them are asked."""
+    rows = 1 << 20
+    (step,) = rounds(("passthrough", "BF16"), shape=(rows, 1)).steps
+    (tensor,) = step.tensors
+    operands = tuple(Operand(source=n, tensor=NAME) for n in range(65))
+    weights = {"weight": (1.0,) * 65, "normalize": True}
+    tensor = replace(tensor, operator="linear", operands=operands, parameters=weights)
+    models = tuple(ModelId(f"sha256:{n:064}") for n in range(65))
+    for count, sound in ((64, True), (65, False)):
+        wide = replace(tensor, operands=operands[:count], parameters=weights | {"weight": (1.0,) * count})
+        tokenizer = TokenizerPlan(source=0, models=tuple(range(65)), rows=rows, tensors=(NAME,))
+        plan = MergePlan(inputs=models, steps=(replace(step, tensors=(wide,), tokenizer=tokenizer),))
+        if sound:
+            assert MergePlan.parse(plan.to_bytes()) == plan
+        else:
+            with pytest.raises(CorruptCheckpoint, match="rows would be told apart"):
+                MergePlan.parse(plan.to_bytes())
