@@ -40,9 +40,9 @@ from merge_core.operators.slerp import SLERP
 from merge_core.operators.task_arithmetic import TASK_ARITHMETIC
 from merge_core.operators.ties import TIES
 
-GROUP = "weft.operators"
+_GROUP = "weft.operators"
 
-__all__ = ["COPY", "GROUP", "METHODS", "find", "installed", "names"]
+__all__ = ["COPY", "METHODS", "find", "installed", "names"]
 
 METHODS: dict[str, Operator] = {
     operator.name: operator
@@ -98,7 +98,7 @@ def names() -> tuple[str, ...]:
 def installed() -> dict[str, Operator]:
     """The operators that other packages define, by name; raises InvalidRecipe on one that is none."""
     found: dict[str, Operator] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in entry_points(group=_GROUP):
         operator = entry.load()
         taken = entry.name in METHODS or entry.name in found or entry.name == COPY.name
         if not isinstance(operator, Operator) or operator.name != entry.name or taken:

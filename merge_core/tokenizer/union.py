@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from merge_core.checkpoint.manifest import FUNCTIONAL_FILES
 from merge_core.checkpoint.reader import parse_config
 from merge_core.config_keys import stated
 from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
@@ -28,18 +29,7 @@ from merge_core.tokenizer.vocabulary import (
     read_vocabulary,
 )
 
-FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+FILES = tuple(name for name in FUNCTIONAL_FILES if name != "config.json")
 """What goes with a tokenizer: its files, and the one that names tokens by their ids."""
 
 _KEPT = frozenset(
