@@ -67,7 +67,7 @@ def fit(
     needed = -(-peak(steps, inputs, threads=1) // (1 << 20))
     raise Unmergeable(
         f"one thread needs {needed} MiB, and {limit >> 20} MiB are allowed",
-        hint=f"weft merge RECIPE --max-memory {needed}MiB",
+        hint=f"weft merge RECIPE -o DIR --max-memory {needed}MiB",
     )
 
 
@@ -82,7 +82,7 @@ def _working_set(
     elements = min(CHUNK_ELEMENTS, length)
     block = min(BLOCK_ELEMENTS, length)
     if operator.rows:
-        row = tensor.shape[-1] if len(tensor.shape) > 1 else length
+        row = tensor.row
         elements = min(length, elements + 2 * row)
         block = min(length, max(block, row))
     sizes = [dtypes.SIZES[_info(o.source, o.tensor, inputs, steps).dtype] for o in tensor.operands]

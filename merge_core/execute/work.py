@@ -58,7 +58,7 @@ class Work:
         ]
         self._keys = tuple(keys)
         self._depth = depth
-        self._row = max(1, tensor.shape[-1] if len(tensor.shape) > 1 else self.length)
+        self._row = tensor.row
         self._chunk = chunk_elements
         self.leaves_per_piece = 1 if self._copied else chunk_elements * self._size // merkle.LEAF_SIZE
         self.pieces = -(-self.leaves // self.leaves_per_piece)
