@@ -176,9 +176,12 @@ def rename(recipe: Recipe, mapping: Mapping[str, str]) -> Recipe:
     Raises InvalidRecipe when two references become one.
     """
     known = {model: mapping.get(model, model) for model in recipe.models}
-    if len({*known.values(), *recipe.names}) < len(known) + len(recipe.names):
+    targets = [*known.values(), *recipe.names]
+    repeated = [model for model, target in known.items() if targets.count(target) > 1]
+    if repeated:
         raise InvalidRecipe(
-            "two references name the same model", hint="call each model by one name, then: weft plan RECIPE"
+            f"{' and '.join(repeated)} name the same model",
+            hint="call each model by one name, then: weft plan RECIPE",
         )
 
     def new(model: str | None) -> str | None:

@@ -101,6 +101,11 @@ def bad_recipe(workplace: Path) -> None:
     )
 
 
+def twin(workplace: Path) -> None:
+    """`math` under another name."""
+    (workplace / "twin").symlink_to("math")
+
+
 def recipe(text: str) -> Prepare:
     """A recipe of these words, in bad.yml."""
 
@@ -152,6 +157,7 @@ MERGE = "merge bad.yml -o out"
 NO_BASE = "merge_method: ties\nmodels:\n  - {model: ./math}\n  - {model: ./code}\n"
 GONE_BASE = "merge_method: ties\nbase_model: ./gone\nmodels:\n  - {model: ./math}\n  - {model: ./code}\n"
 TWICE = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: ../workplace/math}\n"
+TWIN = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: ./twin}\n"
 NAMED = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: somebodys-expert}\n"
 NO_DIGEST = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: 'sha256:ab'}\n"
 PEER = "12D3KooWRBhwfeP2Y4TCx1SM6s9rUoHhR5STiGwxBhgFRcw3UERE"
@@ -206,7 +212,18 @@ CASES = {
         words="plan bad.yml", prepare=another_shape, code=6, why="and 3 more", then="weft plan RECIPE"
     ),
     "merge-one-model-twice": Case(
-        words=MERGE, prepare=recipe(TWICE), code=6, why="are the same model", then="weft plan RECIPE"
+        words=MERGE,
+        prepare=recipe(TWICE),
+        code=2,
+        why="./math and ../workplace/math name the same model",
+        then="weft plan RECIPE",
+    ),
+    "merge-one-model-by-two-paths": Case(
+        words=MERGE,
+        prepare=both(twin, recipe(TWIN)),
+        code=6,
+        why="are the same model",
+        then="weft plan RECIPE",
     ),
     # recipes
     "merge-no-recipe": Case(
