@@ -2,8 +2,9 @@
 
     python tests/bench/engine.py [--quick] [--operators linear ties]
 
-Writes trios of checkpoints with seeded weights into a temporary folder, which goes again, whatever happens: in
-memory where that has room for all, else where TMPDIR says. 1.1 billion parameters in bfloat16, 100 million for della, whose incumbent is slow,
+Writes trios of checkpoints with seeded weights into a temporary folder, which goes again, whatever happens:
+in memory where that has room for all, else where TMPDIR says. 1.1 billion parameters in bfloat16, 100
+million for della, whose incumbent is slow,
 and 20,000 tiny tensors. mergekit lives in an environment of its own, `.cache/mergekit`, made once. The ties
 family computes in float32 in both, everything else in mergekit in bfloat16. Ours alone waits until its output
 is durable, so on a disk (TMPDIR=FOLDER) it is the disk's speed that shows. Ours use ModelIds hashed before:
