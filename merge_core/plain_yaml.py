@@ -1,6 +1,7 @@
-"""YAML as people write it: mappings, lists and plain scalars; no tag, no alias, nothing that grows when read.
+"""YAML as people write it: mappings, lists and plain scalars; no tag, and nothing that grows without bound.
 
-Plain scalars are null, true, false, whole numbers, decimal numbers, and text. A quoted scalar is text, and so
+An alias (`*name`) stands for a copy of what it names, and `<<` for the entries of mappings that are not given
+themselves; what they multiply is bounded. Plain scalars are null, true, false, whole numbers, decimal numbers, and text. A quoted scalar is text, and so
 is whatever YAML 1.1 would take for more: dates, times of day, hexadecimal, octal and binary numbers.
 """
 
@@ -11,6 +12,10 @@ from typing import Any
 
 import yaml
 
+MAX_VALUES = 1 << 20
+"""Scalars, lists and mappings of one document, those that aliases repeat counted each time."""
+
+_MERGE = "<<"
 _NULL = re.compile(r"~|null|Null|NULL|")
 _TRUE = re.compile(r"yes|Yes|YES|true|True|TRUE|on|On|ON")
 _FALSE = re.compile(r"no|No|NO|false|False|FALSE|off|Off|OFF")
@@ -35,7 +40,7 @@ def parse_all(text: str) -> list[Any]:
         documents = []
         while loader.check_node():
             node = loader.get_node()
-            documents.append(None if node is None else _value(node))
+            documents.append(None if node is None else _Reader().value(node))
         return documents
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         told = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
@@ -46,32 +51,49 @@ def parse_all(text: str) -> list[Any]:
 
 
 class _Loader(yaml.BaseLoader):
-    """Composes nodes; refuses what makes small texts huge, and what names a type."""
+    """Composes nodes; refuses what names a type."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
         tag = getattr(event, "tag", None)
         if tag is not None:
             raise yaml.YAMLError(f"tags ({tag[:80]}) are not read; write the value alone")
         return super().compose_node(parent, index)
 
 
-def _value(node: yaml.Node) -> Any:
-    if isinstance(node, yaml.ScalarNode):
-        return _scalar(node)
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(item) for item in node.value]
-    value: dict[str, Any] = {}
-    for key, item in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise ValueError("a key that is not text")
-        name = _text(key)
-        if name in value:
-            raise ValueError(f"the key {name[:80]!r} occurs twice")
-        value[name] = _value(item)
-    return value
+class _Reader:
+    """Turns the nodes of one document into values."""
+
+    def __init__(self) -> None:
+        self._left = MAX_VALUES
+
+    def value(self, node: yaml.Node) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_VALUES} values, counting those that aliases repeat")
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item) for item in node.value]
+        return self._mapping(node)
+
+    def _mapping(self, node: yaml.Node) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        others: list[Any] = []
+        for key, item in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError("a key that is not text")
+            name = _text(key)
+            if name == _MERGE and key.style is None:
+                merged = self.value(item)
+                others += merged if isinstance(merged, list) else [merged]
+            elif name in own:
+                raise ValueError(f"the key {name[:80]!r} occurs twice")
+            else:
+                own[name] = self.value(item)
+        if not all(isinstance(other, dict) for other in others):
+            raise ValueError(f"{_MERGE} takes mappings")
+        return {name: item for other in reversed(others) for name, item in other.items()} | own
 
 
 def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:

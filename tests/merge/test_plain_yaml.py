@@ -58,3 +58,29 @@ def test_any_text_is_read_or_refused_with_one_line(text: str) -> None:
         plain_yaml.parse(text)
     except ValueError as error:
         assert "\n" not in str(error)
+
+
+def test_an_alias_is_a_copy_and_entries_of_others_give_way_to_ones_own() -> None:
+    text = "a: &a {weight: 1, density: 0.5}\nb: *a\nc: {<<: *a, weight: 2}\nd: {<<: [{x: 1}, {x: 2, y: 3}]}"
+    assert plain_yaml.parse(text) == yaml.safe_load(text)
+    assert plain_yaml.parse(text)["c"] == {"weight": 2, "density": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a: *b", "undefined alias"),
+        ("a: &a [*a]", "recursi"),
+        ("a: {<<: 3}", "takes mappings"),
+        (
+            "a: &a [0,0,0,0,0,0,0,0,0]\n"
+            + "".join(
+                f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(8)
+            ),
+            "counting those that aliases repeat",
+        ),
+    ],
+)
+def test_what_aliases_multiply_is_bounded(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        plain_yaml.parse(text)

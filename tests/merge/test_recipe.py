@@ -361,7 +361,6 @@ def test_merges_that_make_no_graph_are_refused(texts: list[str], why: str) -> No
         ("merge_method: linear\nmodels: []", "a list of 1 to 64 models"),
         ("merge_method: linear", "either models or slices"),
         ("merge_method: linear\nmerge_method: linear\nmodels: [{model: a}]", "occurs twice"),
-        ("merge_method: &x linear\nbase_model: *x\nmodels: [{model: a}]", "aliases"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: .nan}}]", "finite"),
         (
             "merge_method: linear\nmodels: [{model: a, parameters: {normalize: true}}]",
