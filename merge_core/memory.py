@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 1 << 19
 THREADS = 2
 """Threads of a merge unless it is told otherwise."""
 
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 17
 """Elements that a kernel computes at once: they and its temporaries fit the cache of a core."""
 
 _PROCESS = 160 << 20

@@ -1,8 +1,9 @@
 """YAML as people write it: mappings, lists and plain scalars; no tag, and nothing that grows without bound.
 
 An alias (`*name`) stands for a copy of what it names, and `<<` for the entries of mappings that are not given
-themselves; what they multiply is bounded. Plain scalars are null, true, false, whole numbers, decimal numbers, and text. A quoted scalar is text, and so
-is whatever YAML 1.1 would take for more: dates, times of day, hexadecimal, octal and binary numbers.
+themselves; what they multiply is bounded. Plain scalars are null, true, false, whole numbers, decimals, and
+text. A quoted scalar is text, and so is whatever YAML 1.1 would take for more: dates, times of day,
+hexadecimal, octal and binary numbers.
 """
 
 from __future__ import annotations
