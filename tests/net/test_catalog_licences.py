@@ -51,7 +51,7 @@ def test_whatever_is_written_becomes_something_an_advert_may_carry(text: str) ->
         ("---\nlicense: !!timestamp x\n---\n", NO_LICENCE),
         ("---\nlicense: mit\ndate: 2001-99-99\ntime: 1:30\n---\n", "MIT"),
         ("---\nlicense: 2001-99-99\n---\n", "LicenseRef-2001-99-99"),
-        ("---\na: &a [x]\nb: *a\nlicense: mit\n---\n", NO_LICENCE),
+        ("---\na: &a [x]\nb: *a\nlicense: mit\n---\n", "MIT"),
         ("# license: mit", NO_LICENCE),
         ("---\nlicense: mit", NO_LICENCE),
     ],

@@ -394,7 +394,7 @@ def test_a_node_that_is_stopped_or_killed_in_a_merge_takes_it_up_at_the_next_sta
     os.kill(pid, signal.SIGKILL)
     until(lambda: session(pid) == [])
     assert worker != pid and not target.exists() and (tmp_path / ".out.weft").exists()
-    assert not app.node_runs(dave.home)
+    until(lambda: not app.node_runs(dave.home))  # its last thread holds the lock for a moment longer
 
     dave.up()
     done = dave.do(lambda node: next(node.watch(job["id"])))
