@@ -77,11 +77,8 @@ class Work:
     def chunk(self, piece: int) -> Chunk:
         """A piece of every operand as float32."""
         start, stop = self._span(piece)
-        arrays = []
-        for index, (data, dtype) in enumerate(self._read(start, stop)):
-            out = scratch(f"float32 {self._depth}.{index}", stop - start, np.float32)
-            arrays.append(convert.widen(data, dtype, out))
-        return Chunk(arrays=tuple(arrays), start=start, row=self._row, keys=self._keys)
+        arrays = self._widened(self._read(start, stop), 0, stop - start)
+        return Chunk(arrays=arrays, start=start, row=self._row, keys=self._keys)
 
     # -- computing -----------------------------------------------------------------------------------
 
@@ -157,7 +154,7 @@ class Work:
         """Every operand from element `low` of what was read to `high`, as float32."""
         arrays = []
         for index, (data, dtype) in enumerate(raw):
-            out = scratch(f"block {self._depth}.{index}", high - low, np.float32)
+            out = scratch(f"float32 {self._depth}.{index}", high - low, np.float32)
             arrays.append(convert.widen(data[low:high], dtype, out))
         return tuple(arrays)
 

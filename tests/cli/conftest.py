@@ -101,9 +101,9 @@ def weft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
     for name in os.environ:
         if name.startswith("WEFT_"):
             monkeypatch.delenv(name)
-    workplace = tmp_path / "workplace"
-    workplace.mkdir()
-    monkeypatch.chdir(workplace)
+    desk = tmp_path / "desk"
+    desk.mkdir()
+    monkeypatch.chdir(desk)
     monkeypatch.setenv("WEFT_HOME", str(tmp_path / "home"))
 
     def run(*words: object) -> Said:
@@ -116,7 +116,7 @@ def weft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.fixture
-def workplace(weft: Weft) -> Path:
+def desk(weft: Weft) -> Path:
     """Where the command runs: a base, two experts of it and a recipe for them."""
     write_merging(Path.cwd())
     return Path.cwd()

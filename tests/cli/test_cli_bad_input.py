@@ -37,38 +37,38 @@ class Case:
     code: int
     why: str
     then: str
-    prepare: Prepare = lambda workplace: None
+    prepare: Prepare = lambda desk: None
 
 
 def nothing_but(*names: str) -> Prepare:
     """Make `bad` a directory that holds these files alone."""
 
-    def prepare(workplace: Path) -> None:
-        (workplace / "bad").mkdir()
+    def prepare(desk: Path) -> None:
+        (desk / "bad").mkdir()
         for name in names:
-            (workplace / "bad" / name).write_text("{}")
+            (desk / "bad" / name).write_text("{}")
 
     return prepare
 
 
-def truncated(workplace: Path) -> None:
+def truncated(desk: Path) -> None:
     """A download that broke off in the middle of the weights."""
-    shutil.copytree(workplace / "math", workplace / "bad")
-    weights = workplace / "bad" / "model.safetensors"
+    shutil.copytree(desk / "math", desk / "bad")
+    weights = desk / "bad" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
 
 
-def cut_in_the_header(workplace: Path) -> None:
+def cut_in_the_header(desk: Path) -> None:
     """A download that broke off even earlier."""
-    truncated(workplace)
-    weights = workplace / "bad" / "model.safetensors"
+    truncated(desk)
+    weights = desk / "bad" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
 
 
-def overlapping(workplace: Path) -> None:
+def overlapping(desk: Path) -> None:
     """A header in which the second tensor begins where the first does."""
-    shutil.copytree(workplace / "math", workplace / "bad")
-    weights = workplace / "bad" / "model.safetensors"
+    shutil.copytree(desk / "math", desk / "bad")
+    weights = desk / "bad" / "model.safetensors"
     data = weights.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
@@ -79,9 +79,9 @@ def overlapping(workplace: Path) -> None:
     weights.write_bytes(struct.pack("<Q", len(said)) + said + data[8 + size :])
 
 
-def another_shape(workplace: Path) -> None:
+def another_shape(desk: Path) -> None:
     """`bad`: an expert whose every matrix has another shape than those of its base, and one tensor more."""
-    shutil.copytree(workplace / "math", workplace / "bad")
+    shutil.copytree(desk / "math", desk / "bad")
     tensors = {
         "model.embed_tokens.weight": np.zeros((80, 16), dtype=np.float32),
         "model.layers.0.mlp.up_proj.weight": np.zeros((40, 12), dtype=np.float16),
@@ -89,28 +89,28 @@ def another_shape(workplace: Path) -> None:
         "model.norm.weight": np.ones(16, dtype=np.float32),
         "model.extra.weight": np.ones(16, dtype=np.float32),
     }
-    save_file(tensors, workplace / "bad" / "model.safetensors", metadata={"format": "pt"})
-    bad_recipe(workplace)
+    save_file(tensors, desk / "bad" / "model.safetensors", metadata={"format": "pt"})
+    bad_recipe(desk)
 
 
-def bad_recipe(workplace: Path) -> None:
+def bad_recipe(desk: Path) -> None:
     """A recipe that merges `bad` with `math`."""
-    (workplace / "bad.yml").write_text(
+    (desk / "bad.yml").write_text(
         "merge_method: task_arithmetic\nbase_model: ./base\nmodels:\n"
         "  - {model: ./math, parameters: {weight: 1.0}}\n  - {model: ./bad, parameters: {weight: 1.0}}\n"
     )
 
 
-def twin(workplace: Path) -> None:
+def twin(desk: Path) -> None:
     """`math` under another name."""
-    (workplace / "twin").symlink_to("math")
+    (desk / "twin").symlink_to("math")
 
 
 def recipe(text: str) -> Prepare:
     """A recipe of these words, in bad.yml."""
 
-    def prepare(workplace: Path) -> None:
-        (workplace / "bad.yml").write_text(text)
+    def prepare(desk: Path) -> None:
+        (desk / "bad.yml").write_text(text)
 
     return prepare
 
@@ -118,9 +118,9 @@ def recipe(text: str) -> Prepare:
 def both(*steps: Prepare) -> Prepare:
     """One after the other."""
 
-    def prepare(workplace: Path) -> None:
+    def prepare(desk: Path) -> None:
         for step in steps:
-            step(workplace)
+            step(desk)
 
     return prepare
 
@@ -128,35 +128,35 @@ def both(*steps: Prepare) -> Prepare:
 def settings(text: str) -> Prepare:
     """A home with this config.toml."""
 
-    def prepare(workplace: Path) -> None:
-        home = workplace.parent / "home"
+    def prepare(desk: Path) -> None:
+        home = desk.parent / "home"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(text)
 
     return prepare
 
 
-def interrupted(workplace: Path) -> None:
+def interrupted(desk: Path) -> None:
     """What a killed merge into `out` leaves."""
-    (workplace / ".out.weft").mkdir()
-    (workplace / ".out.weft" / "plan.json").write_text("{}")
+    (desk / ".out.weft").mkdir()
+    (desk / ".out.weft" / "plan.json").write_text("{}")
 
 
-def occupied(workplace: Path) -> None:
+def occupied(desk: Path) -> None:
     """Somebody's work where the output belongs."""
-    (workplace / "out").mkdir()
-    (workplace / "out" / "thesis.txt").write_text("of a year")
+    (desk / "out").mkdir()
+    (desk / "out" / "thesis.txt").write_text("of a year")
 
 
-def home_is_a_file(workplace: Path) -> None:
+def home_is_a_file(desk: Path) -> None:
     """WEFT_HOME names a file."""
-    (workplace.parent / "home").write_text("")
+    (desk.parent / "home").write_text("")
 
 
 MERGE = "merge bad.yml -o out"
 NO_BASE = "merge_method: ties\nmodels:\n  - {model: ./math}\n  - {model: ./code}\n"
 GONE_BASE = "merge_method: ties\nbase_model: ./gone\nmodels:\n  - {model: ./math}\n  - {model: ./code}\n"
-TWICE = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: ../workplace/math}\n"
+TWICE = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: ../desk/math}\n"
 TWIN = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: ./twin}\n"
 NAMED = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: somebodys-expert}\n"
 NO_DIGEST = "merge_method: linear\nmodels:\n  - {model: ./math}\n  - {model: 'sha256:ab'}\n"
@@ -215,7 +215,7 @@ CASES = {
         words=MERGE,
         prepare=recipe(TWICE),
         code=2,
-        why="./math and ../workplace/math name the same model",
+        why="./math and ../desk/math name the same model",
         then="weft plan RECIPE",
     ),
     "merge-one-model-by-two-paths": Case(
@@ -329,10 +329,10 @@ for name in ("no-node-plan", "no-node-merge"):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bad_input_gets_one_line_why_and_one_command_and_leaves_nothing(
-    case: Case, weft, workplace: Path, listing
+    case: Case, weft, desk: Path, listing
 ) -> None:
-    case.prepare(workplace)
-    before = listing(workplace)
+    case.prepare(desk)
+    before = listing(desk)
 
     said = weft(*case.words.split())
 
@@ -344,12 +344,12 @@ def test_bad_input_gets_one_line_why_and_one_command_and_leaves_nothing(
     assert case.then in then and COMMAND.search(then), then
     assert said.err.splitlines()[-1].startswith("next:")
     assert "Traceback" not in said.err
-    assert listing(workplace) == before
+    assert listing(desk) == before
 
     told = weft(*case.words.split(), "--json").error
 
     assert (told["why"], told["hint"], told["exit_code"]) == (why, then, case.code)
-    assert listing(workplace) == before
+    assert listing(desk) == before
 
 
 @pytest.mark.parametrize(
@@ -362,21 +362,21 @@ def test_bad_input_gets_one_line_why_and_one_command_and_leaves_nothing(
     ],
     ids=["empty", "pickle", "truncated", "overlapping"],
 )
-def test_what_is_no_checkpoint_is_not_added(prepare: Prepare, why: str, weft, workplace, listing) -> None:
+def test_what_is_no_checkpoint_is_not_added(prepare: Prepare, why: str, weft, desk, listing) -> None:
     assert weft("init").code == 0
-    prepare(workplace)
-    before = listing(workplace)
+    prepare(desk)
+    before = listing(desk)
 
     error = weft("--json", "add", "bad").error
 
     assert error["exit_code"] == 5 and why in error["why"] and COMMAND.search(error["hint"]), error
-    assert listing(workplace) == before
-    assert not [path for path in (workplace.parent / "home/experts").rglob("*") if path.is_file()]
+    assert listing(desk) == before
+    assert not [path for path in (desk.parent / "home/experts").rglob("*") if path.is_file()]
     assert weft("ls", "--json").data == {"experts": []}
 
 
-def test_every_incompatibility_is_told_at_once(weft, workplace: Path) -> None:
-    another_shape(workplace)
+def test_every_incompatibility_is_told_at_once(weft, desk: Path) -> None:
+    another_shape(desk)
     said = weft("merge", "bad.yml", "-o", "out")
     listed = [line for line in said.err.splitlines() if line.startswith("  - ")]
     for tensor in ("embed_tokens", "up_proj", "down_proj", "extra"):
@@ -386,8 +386,8 @@ def test_every_incompatibility_is_told_at_once(weft, workplace: Path) -> None:
     assert [f"  - {problem}" for problem in problems] == listed
 
 
-def test_every_fault_of_a_recipe_is_told_at_once(weft, workplace: Path) -> None:
-    recipe("merge_method: soup\nmodels: 3\ncolour: red\n")(workplace)
+def test_every_fault_of_a_recipe_is_told_at_once(weft, desk: Path) -> None:
+    recipe("merge_method: soup\nmodels: 3\ncolour: red\n")(desk)
     error = weft("merge", "bad.yml", "-o", "out", "--json").error
     told = " ".join([error["why"], *error["problems"]])
     assert all(word in told for word in ("soup", "models", "colour")) and "\n" not in error["why"]
@@ -397,7 +397,7 @@ def test_json_without_a_verb_is_an_error_and_no_help_page(weft) -> None:
     assert weft("--json").error["hint"] == "weft --help"
 
 
-def test_what_a_message_quotes_is_printed_as_it_is(weft, workplace: Path) -> None:
+def test_what_a_message_quotes_is_printed_as_it_is(weft, desk: Path) -> None:
     """`:ab:` is an emoji and `[red]` a colour to whoever draws the line."""
     said = weft("rm", "sha256:ab:[red]")
     assert "'sha256:ab:[red]'" in said.err
@@ -424,8 +424,8 @@ def test_what_the_system_refuses_is_one_line_with_its_exit_code(
     assert COMMAND.search(told["hint"]), told
 
 
-def test_an_identity_is_never_overwritten(weft, workplace: Path, listing) -> None:
-    home = workplace.parent / "home"
+def test_an_identity_is_never_overwritten(weft, desk: Path, listing) -> None:
+    home = desk.parent / "home"
     weft("init")
     weft("id", "export", "me.json")
     before = listing(home)
@@ -436,9 +436,9 @@ def test_an_identity_is_never_overwritten(weft, workplace: Path, listing) -> Non
     assert listing(home) == before
 
 
-def test_an_identity_that_others_can_read_is_not_used(weft, workplace: Path) -> None:
+def test_an_identity_that_others_can_read_is_not_used(weft, desk: Path) -> None:
     weft("init")
-    key = workplace.parent / "home/identity/host.pem"
+    key = desk.parent / "home/identity/host.pem"
     key.chmod(0o644)
     error = weft("id", "show", "--json").error
     assert "can be read by others" in error["why"] and error["hint"] == f"chmod 600 {key}"
@@ -462,7 +462,7 @@ def test_every_hint_in_the_source_names_a_verb_that_there_is(weft) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--listen", "--peer-api", "--control-api"])
-def test_a_port_in_use_is_named_and_the_node_does_not_start(flag: str, weft, workplace: Path) -> None:
+def test_a_port_in_use_is_named_and_the_node_does_not_start(flag: str, weft, desk: Path) -> None:
     weft("init")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -482,10 +482,10 @@ def test_a_port_in_use_is_named_and_the_node_does_not_start(flag: str, weft, wor
     (then,) = re.findall(r"^next:  (.+)$", done.stderr, re.M)
     assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
     assert str(port) in why and "in use" in why and COMMAND.search(then), done.stderr
-    assert weft("status").code == 3 and not (workplace.parent / "home/run/node.json").exists()
+    assert weft("status").code == 3 and not (desk.parent / "home/run/node.json").exists()
 
 
-def test_a_detached_node_that_cannot_start_says_why(weft, workplace: Path) -> None:
+def test_a_detached_node_that_cannot_start_says_why(weft, desk: Path) -> None:
     weft("init")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

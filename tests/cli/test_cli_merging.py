@@ -47,13 +47,13 @@ def download(model: Path, repository: str, cache: Path) -> None:
 
 
 def test_a_check_needs_no_home_hashes_nothing_and_says_what_a_merge_takes(
-    weft, workplace: Path, listing: Callable[[Path], dict[str, str]]
+    weft, desk: Path, listing: Callable[[Path], dict[str, str]]
 ) -> None:
-    before = listing(workplace.parent)
+    before = listing(desk.parent)
     data = weft("check", "recipe.yml", "--json").data
-    assert listing(workplace.parent) == before  # neither a home nor a cache of digests
+    assert listing(desk.parent) == before  # neither a home nor a cache of digests
 
-    size = sum(array.nbytes for array in load_file(workplace / "base" / "model.safetensors").values())
+    size = sum(array.nbytes for array in load_file(desk / "base" / "model.safetensors").values())
     assert (data["ok"], data["problems"], data["tensors"], data["licence"]) == (True, [], 4, "Apache-2.0")
     assert (data["read_bytes"], data["fetch_bytes"], data["output_bytes"]) == (3 * size, 0, size)
     assert 100e6 < data["peak_ram_bytes"] < 600e6
@@ -67,13 +67,13 @@ def test_a_check_needs_no_home_hashes_nothing_and_says_what_a_merge_takes(
         assert planned[figure] == data[figure], figure
 
 
-def test_a_check_tells_every_problem_of_every_model_at_once(weft, workplace: Path, expert) -> None:
-    shutil.rmtree(workplace / "math")
-    expert(workplace / "math", 1, rows=80)
-    state_licence(workplace / "math", "cc-by-nc-nd-4.0")
-    (workplace / "code" / "model.safetensors").write_bytes(b"")
-    recipe = (workplace / "recipe.yml").read_text() + "  - {model: org/gone, parameters: {weight: 1.0}}\n"
-    (workplace / "recipe.yml").write_text(recipe)
+def test_a_check_tells_every_problem_of_every_model_at_once(weft, desk: Path, expert) -> None:
+    shutil.rmtree(desk / "math")
+    expert(desk / "math", 1, rows=80)
+    state_licence(desk / "math", "cc-by-nc-nd-4.0")
+    (desk / "code" / "model.safetensors").write_bytes(b"")
+    recipe = (desk / "recipe.yml").read_text() + "  - {model: org/gone, parameters: {weight: 1.0}}\n"
+    (desk / "recipe.yml").write_text(recipe)
 
     error = weft("check", "recipe.yml", "--json").error
     assert (error["exit_code"], error["kind"]) == (6, "Unmergeable")
@@ -106,17 +106,17 @@ def test_a_check_tells_every_problem_of_every_model_at_once(weft, workplace: Pat
     ],
 )
 def test_a_model_that_cannot_be_read_ends_a_check_as_it_ends_a_merge(
-    spoil: Callable[[Path], None], code: int, why: str, then: str, weft, workplace: Path
+    spoil: Callable[[Path], None], code: int, why: str, then: str, weft, desk: Path
 ) -> None:
-    spoil(workplace)
+    spoil(desk)
     for words in (("check", "recipe.yml"), ("merge", "recipe.yml", "-o", "out")):
         error = weft(*words, "--json").error
         assert error["exit_code"] == code and why in error["why"] and then in error["hint"], error
 
 
-def test_a_check_warns_of_what_a_person_has_to_judge(weft, workplace: Path) -> None:
-    state_licence(workplace / "math", "llama3.1")
-    (workplace / "code" / "README.md").unlink()
+def test_a_check_warns_of_what_a_person_has_to_judge(weft, desk: Path) -> None:
+    state_licence(desk / "math", "llama3.1")
+    (desk / "code" / "README.md").unlink()
     data = weft("check", "recipe.yml", "--json").data
     assert data["licence"] == "NOASSERTION"
     (built, silent) = sorted(data["warnings"])
@@ -129,15 +129,15 @@ def test_a_check_warns_of_what_a_person_has_to_judge(weft, workplace: Path) -> N
 
 
 def test_a_parent_that_forbids_derivatives_is_refused_before_anything_is_written(
-    weft, workplace: Path, listing
+    weft, desk: Path, listing
 ) -> None:
-    state_licence(workplace / "math", "cc-by-nd-4.0")
-    before = listing(workplace)
+    state_licence(desk / "math", "cc-by-nd-4.0")
+    before = listing(desk)
     for words in ("check recipe.yml", "plan recipe.yml", "merge recipe.yml -o out"):
         error = weft(*words.split(), "--json").error
         assert error["exit_code"] == 6 and "math is under CC-BY-ND-4.0" in error["why"], error
         assert "weft check" in error["hint"]
-    assert listing(workplace) == before
+    assert listing(desk) == before
 
 
 @pytest.mark.parametrize(
@@ -159,16 +159,16 @@ def test_a_parent_that_forbids_derivatives_is_refused_before_anything_is_written
     ],
 )
 def test_the_card_states_the_licence_as_the_hub_writes_it_and_reads_back(
-    parents: tuple[str, str], fields: dict[str, str], weft, workplace: Path
+    parents: tuple[str, str], fields: dict[str, str], weft, desk: Path
 ) -> None:
-    state_licence(workplace / "base", "mit")
+    state_licence(desk / "base", "mit")
     for name, licence in zip(("math", "code"), parents, strict=True):
-        state_licence(workplace / name, licence)
+        state_licence(desk / name, licence)
     data = weft("merge", "recipe.yml", "-o", "out", "--json").data
-    front = front_matter(workplace / "out")
+    front = front_matter(desk / "out")
     assert {key: value for key, value in front.items() if key.startswith("license")} == fields
 
-    (workplace / "again.yml").write_text(
+    (desk / "again.yml").write_text(
         "merge_method: linear\nmodels:\n  - {model: ./out, parameters: {weight: 1}}\n"
     )
     assert weft("check", "again.yml", "--json").data["licence"] == data["licence"]
@@ -177,19 +177,17 @@ def test_the_card_states_the_licence_as_the_hub_writes_it_and_reads_back(
 # -- the report --------------------------------------------------------------------------------------------
 
 
-def test_a_merge_ends_with_two_lines_about_its_norms_and_keeps_the_figures(weft, workplace: Path) -> None:
+def test_a_merge_ends_with_two_lines_about_its_norms_and_keeps_the_figures(weft, desk: Path) -> None:
     weft("init")
     said = weft("merge", "recipe.yml", "-o", "out")
     assert (
         "norms of 4 tensors: 1 to 1.2" in said.err
         and "times their parents'\nnothing stands out\n" in said.err
     )
-    report = json.loads((workplace / "out" / "weft.report.json").read_text())
+    report = json.loads((desk / "out" / "weft.report.json").read_text())
     assert (report["tensors"], report["measured"], report["flags"]) == (4, 4, [])
 
-    loaded = {
-        name: load_file(workplace / name / "model.safetensors") for name in ("base", "math", "code", "out")
-    }
+    loaded = {name: load_file(desk / name / "model.safetensors") for name in ("base", "math", "code", "out")}
     for part in report["parts"]:
         for extreme in (part["smallest"], part["largest"]):
             lengths = {
@@ -203,31 +201,31 @@ def test_a_merge_ends_with_two_lines_about_its_norms_and_keeps_the_figures(weft,
     assert data["report"]["lines"][1] == "nothing stands out" and data["report"]["measured"] == 4
     signed = weft("verify", "out", "--json").data
     assert signed["ok"] is True
-    (workplace / "out" / "weft.report.json").write_text("{}")
+    (desk / "out" / "weft.report.json").write_text("{}")
     assert weft("verify", "out").code == 5
 
 
-def test_what_has_become_much_longer_than_its_parents_is_named(weft, workplace: Path) -> None:
-    recipe = (workplace / "recipe.yml").read_text()
-    (workplace / "recipe.yml").write_text(recipe.replace("weight: 0.5", "weight: -8.0"))
+def test_what_has_become_much_longer_than_its_parents_is_named(weft, desk: Path) -> None:
+    recipe = (desk / "recipe.yml").read_text()
+    (desk / "recipe.yml").write_text(recipe.replace("weight: 0.5", "weight: -8.0"))
     said = weft("merge", "recipe.yml", "-o", "out")
     assert said.code == 0 and "mind: model.embed_tokens.weight is " in said.err
-    assert "(and 2 more)" in said.err and "times as long" in (workplace / "out" / "README.md").read_text()
+    assert "(and 2 more)" in said.err and "times as long" in (desk / "out" / "README.md").read_text()
 
 
 # -- limits ------------------------------------------------------------------------------------------------
 
 
-def test_threads_and_memory_do_not_show_in_the_model(weft, workplace: Path) -> None:
+def test_threads_and_memory_do_not_show_in_the_model(weft, desk: Path) -> None:
     plain = weft("merge", "recipe.yml", "-o", "one", "--threads", 1).out
     assert weft("merge", "recipe.yml", "-o", "four", "--threads", 4, "--max-memory", "1GiB").out == plain
 
 
-def test_a_merge_that_needs_more_memory_than_it_may_take_is_refused(weft, workplace: Path, listing) -> None:
-    before = listing(workplace)
+def test_a_merge_that_needs_more_memory_than_it_may_take_is_refused(weft, desk: Path, listing) -> None:
+    before = listing(desk)
     error = weft("merge", "recipe.yml", "-o", "out", "--max-memory", "20MB", "--json").error
     assert error["exit_code"] == 7 and "one thread needs" in error["why"] and "--max-memory" in error["hint"]
-    assert listing(workplace) == before
+    assert listing(desk) == before
     needed = error["hint"].rpartition(" ")[2]
     assert weft("merge", "recipe.yml", "-o", "out", "--max-memory", needed).code == 0
 
@@ -241,49 +239,47 @@ def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("words", ["--threads 0", "--max-memory much", "--max-memory 0", "--max-memory -5MB"])
-def test_a_limit_that_is_none_is_a_usage_error(words: str, weft, workplace: Path) -> None:
+def test_a_limit_that_is_none_is_a_usage_error(words: str, weft, desk: Path) -> None:
     assert weft("merge", "recipe.yml", "-o", "out", *words.split()).code == 2
-    assert not (workplace / "out").exists()
+    assert not (desk / "out").exists()
 
 
 # -- the hub -----------------------------------------------------------------------------------------------
 
 
 def test_a_card_names_what_was_downloaded_by_its_name_and_commit_on_the_hub(
-    weft, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    weft, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(workplace / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(desk / "hub"))
     plain = weft("merge", "recipe.yml", "-o", "plain").out
     for name in ("base", "math"):
-        download(workplace / name, f"org/{name}", workplace / "hub")
-    recipe = (workplace / "recipe.yml").read_text()
-    (workplace / "recipe.yml").write_text(
-        recipe.replace("./base", "org/base").replace("./math", "org/math@main")
-    )
+        download(desk / name, f"org/{name}", desk / "hub")
+    recipe = (desk / "recipe.yml").read_text()
+    (desk / "recipe.yml").write_text(recipe.replace("./base", "org/base").replace("./math", "org/math@main"))
 
     models = weft("check", "recipe.yml", "--json").data["models"]
     assert [model["hub"] for model in models] == [f"org/base@{COMMIT}", f"org/math@{COMMIT}", ""]
     assert weft("merge", "recipe.yml", "-o", "out").out == plain
 
-    front = front_matter(workplace / "out")
+    front = front_matter(desk / "out")
     code = str(weft("plan", "recipe.yml", "--json").data["inputs"][2]["model_id"])
     assert front["base_model"] == ["org/base", "org/math", code]
     assert front["base_model_relation"] == "merge" and front["library_name"] == "transformers"
     assert front["tags"] == ["merge", "weft", "task_arithmetic"]
-    card = (workplace / "out" / "README.md").read_text()
+    card = (desk / "out" / "README.md").read_text()
     assert f"base `org/base` at `{COMMIT}`: `sha256:" in card and "merge_method: task_arithmetic" in card
     for file in ("README.md", "weft.report.json", "mergekit_config.yml"):
-        assert str(workplace) not in (workplace / "out" / file).read_text()
+        assert str(desk) not in (desk / "out" / file).read_text()
 
 
-def test_a_hub_id_that_was_never_downloaded_says_how_to_download_it(weft, workplace: Path) -> None:
-    recipe = (workplace / "recipe.yml").read_text()
-    (workplace / "recipe.yml").write_text(recipe.replace("./math", "org/math@v2"))
+def test_a_hub_id_that_was_never_downloaded_says_how_to_download_it(weft, desk: Path) -> None:
+    recipe = (desk / "recipe.yml").read_text()
+    (desk / "recipe.yml").write_text(recipe.replace("./math", "org/math@v2"))
     for words in ("check recipe.yml", "plan recipe.yml", "merge recipe.yml -o out"):
         error = weft(*words.split(), "--json").error
         assert error["exit_code"] == 4 and "org/math@v2 is not in the Hugging Face cache" in error["why"]
         assert error["hint"] == "hf download org/math --revision v2"
-    (workplace / "recipe.yml").write_text(recipe.replace("./math", "org/math+adapter"))
+    (desk / "recipe.yml").write_text(recipe.replace("./math", "org/math+adapter"))
     error = weft("check", "recipe.yml", "--json").error
     assert error["exit_code"] == 2 and "org/math+adapter" in error["why"] and "adapter" in error["why"]
 
@@ -292,12 +288,12 @@ def test_a_hub_id_that_was_never_downloaded_says_how_to_download_it(weft, workpl
 
 
 @pytest.fixture
-def llamas(workplace: Path) -> Path:
+def llamas(desk: Path) -> Path:
     """The models of the recipe as Llamas that run, the text that they read, and no tokenizer with `code`."""
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("abcdefgh \n")}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     for seed, name in enumerate(("base", "math", "code")):
-        shutil.rmtree(workplace / name)
+        shutil.rmtree(desk / name)
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=10,
@@ -309,12 +305,12 @@ def llamas(workplace: Path) -> Path:
             max_position_embeddings=32,
             bos_token_id=9,
         )
-        LlamaForCausalLM(config).save_pretrained(workplace / name)
+        LlamaForCausalLM(config).save_pretrained(desk / name)
         if name != "code":
-            tokenizer.save(str(workplace / name / "tokenizer.json"))
-        state_licence(workplace / name, "mit")
-    (workplace / "text").write_text("abc abc hgf\n" * 9)
-    return workplace
+            tokenizer.save(str(desk / name / "tokenizer.json"))
+        state_licence(desk / name, "mit")
+    (desk / "text").write_text("abc abc hgf\n" * 9)
+    return desk
 
 
 def test_a_text_is_predicted_by_the_result_and_every_parent_that_can(weft, llamas: Path) -> None:
@@ -340,11 +336,11 @@ def test_a_text_is_predicted_by_the_result_and_every_parent_that_can(weft, llama
     )
 
 
-def test_a_merge_is_not_lost_for_want_of_a_figure(weft, workplace: Path) -> None:
-    (workplace / "text").write_text("abc")
+def test_a_merge_is_not_lost_for_want_of_a_figure(weft, desk: Path) -> None:
+    (desk / "text").write_text("abc")
     said = weft("merge", "recipe.yml", "-o", "out", "--perplexity", "text")
     assert said.code == 0 and "not by merged: it has no tokenizer.json" in said.err
-    assert "no tokenizer.json" in _card(workplace / "out")
+    assert "no tokenizer.json" in _card(desk / "out")
 
 
 def test_no_model_is_run_that_takes_more_memory_than_the_merge_may(
@@ -357,23 +353,23 @@ def test_no_model_is_run_that_takes_more_memory_than_the_merge_may(
 
 
 @pytest.mark.parametrize("data", [None, b"", b"\xff\xfe", b"x" * ((1 << 20) + 1)])
-def test_a_text_that_is_none_is_refused_before_the_work(data: bytes | None, weft, workplace: Path) -> None:
+def test_a_text_that_is_none_is_refused_before_the_work(data: bytes | None, weft, desk: Path) -> None:
     if data is not None:
-        (workplace / "text").write_bytes(data)
+        (desk / "text").write_bytes(data)
     error = weft("merge", "recipe.yml", "-o", "out", "--perplexity", "text", "--json").error
     assert error["exit_code"] == 1 and "text" in error["why"] and "--perplexity FILE" in error["hint"]
-    assert not (workplace / "out").exists()
+    assert not (desk / "out").exists()
 
 
 def _card(model: Path) -> str:
     return (model / "README.md").read_text()
 
 
-def test_a_damaged_input_is_named_and_nothing_is_reported(weft, workplace: Path) -> None:
-    tensors = load_file(workplace / "math" / "model.safetensors")
+def test_a_damaged_input_is_named_and_nothing_is_reported(weft, desk: Path) -> None:
+    tensors = load_file(desk / "math" / "model.safetensors")
     tensors["model.norm.weight"][3] = np.nan
-    save_file(tensors, workplace / "math" / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, desk / "math" / "model.safetensors", metadata={"format": "pt"})
     error = weft("merge", "recipe.yml", "-o", "out", "--json").error
     assert "model.norm.weight would hold NaN" in error["why"] and "sha256:" not in error["why"]
     assert error["why"].endswith("/math does") and "/math, then: weft plan" in error["hint"]
-    assert not (workplace / "out").exists()
+    assert not (desk / "out").exists()

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 MODEL_ID = re.compile(r"sha256:[0-9a-f]{64}\n")
 
 
-def test_json_before_the_verb_is_json_after_it(weft, workplace: Path) -> None:
+def test_json_before_the_verb_is_json_after_it(weft, desk: Path) -> None:
     weft("init")
     for words in (["id", "show"], ["ls"], ["plan", "recipe.yml"], ["version"]):
         first, last = weft("--json", *words), weft(*words, "--json")
@@ -31,12 +31,12 @@ def test_json_before_the_verb_is_json_after_it(weft, workplace: Path) -> None:
     assert first.error == last.error and first.code == last.code == 1
 
 
-def test_after_a_double_dash_json_is_a_name(weft, workplace: Path) -> None:
+def test_after_a_double_dash_json_is_a_name(weft, desk: Path) -> None:
     said = weft("rm", "--", "--json")
     assert said.out == "" and "no expert here is called '--json'" in said.err
 
 
-def test_stdout_is_only_data(weft, workplace: Path) -> None:
+def test_stdout_is_only_data(weft, desk: Path) -> None:
     assert re.fullmatch(r"12D3KooW\w+\n", weft("init").out)
     added = weft("add", "math")
     assert MODEL_ID.fullmatch(added.out) and "announced at the next" in added.err
@@ -201,9 +201,9 @@ def test_the_key_of_somebody_else_does_not_verify(made: Made, weft, owner, monke
     assert weft("verify", made.folder / "signed", "--publisher", keys["stranger"]).code == 5
 
 
-def test_add_never_writes_to_its_source(weft, workplace: Path, listing) -> None:
+def test_add_never_writes_to_its_source(weft, desk: Path, listing) -> None:
     weft("init")
-    source = workplace / "math"
+    source = desk / "math"
     before, times = listing(source), {path: path.stat().st_mtime_ns for path in source.iterdir()}
     for path in source.iterdir():
         path.chmod(0o444)
@@ -229,17 +229,17 @@ def test_a_licence_that_is_stated_counts_before_the_card(flag: str, made: Made, 
     assert weft("add", made.folder / "math", flag, "mit", "--json").data["licence"] == "MIT"
 
 
-def test_what_a_person_has_to_judge_is_said_before_and_after_a_merge(weft, workplace: Path, merging) -> None:
-    merging(workplace / "work")
-    config = workplace / "work" / "base" / "config.json"
+def test_what_a_person_has_to_judge_is_said_before_and_after_a_merge(weft, desk: Path, merging) -> None:
+    merging(desk / "work")
+    config = desk / "work" / "base" / "config.json"
     config.write_text(
         json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "m.M"}, "odd_key": 1})
     )
-    (workplace / "work" / "math" / "vocab.json").write_text("{}")
-    recipe = workplace / "work" / "recipe.yml"
+    (desk / "work" / "math" / "vocab.json").write_text("{}")
+    recipe = desk / "work" / "recipe.yml"
     text = recipe.read_text()
     for name in ("base", "math", "code"):
-        text = re.sub(rf"(model: )(\./)?{name}\b", rf"\g<1>{workplace}/work/{name}", text)
+        text = re.sub(rf"(model: )(\./)?{name}\b", rf"\g<1>{desk}/work/{name}", text)
     recipe.write_text(text)
     warnings = weft("plan", recipe, "--json").data["warnings"]
     assert any("odd_key" in w for w in warnings) and any("tokenizer" in w for w in warnings)
@@ -251,21 +251,21 @@ def test_what_a_person_has_to_judge_is_said_before_and_after_a_merge(weft, workp
     )
 
 
-def test_an_exported_identity_is_the_same_peer_elsewhere(weft, workplace: Path, monkeypatch) -> None:
+def test_an_exported_identity_is_the_same_peer_elsewhere(weft, desk: Path, monkeypatch) -> None:
     peer = weft("init").out
     weft("id", "export", "me.json", "--passphrase", "horse")
-    assert (workplace / "me.json").stat().st_mode & 0o777 == 0o600
-    assert "PRIVATE" not in (workplace / "me.json").read_text()
+    assert (desk / "me.json").stat().st_mode & 0o777 == 0o600
+    assert "PRIVATE" not in (desk / "me.json").read_text()
 
-    monkeypatch.setenv("WEFT_HOME", str(workplace.parent / "elsewhere"))
+    monkeypatch.setenv("WEFT_HOME", str(desk.parent / "elsewhere"))
     assert weft("id", "import", "me.json").code == 1
     assert weft("id", "import", "me.json", "--passphrase", "horse").out == peer
     assert weft("id", "show", "--json").data["peer_id"] == peer.strip()
-    for key in (workplace.parent / "elsewhere/identity").iterdir():
+    for key in (desk.parent / "elsewhere/identity").iterdir():
         assert key.stat().st_mode & 0o777 == 0o600
 
 
-def test_doctor_says_what_is_wrong_and_its_fix(weft, workplace: Path) -> None:
+def test_doctor_says_what_is_wrong_and_its_fix(weft, desk: Path) -> None:
     assert weft("doctor", "--json").error["hint"] == "weft init"
     weft("init")
     checks = {check["name"]: check for check in weft("doctor", "--json").data["checks"]}
@@ -278,7 +278,7 @@ def test_doctor_says_what_is_wrong_and_its_fix(weft, workplace: Path) -> None:
     assert weft("doctor", "--healthy").code == 1
 
 
-def test_the_real_command_ends_as_the_function_does(workplace: Path) -> None:
+def test_the_real_command_ends_as_the_function_does(desk: Path) -> None:
     """The script, the module and the exit codes that a shell sees."""
     script = Path(sys.executable).parent / "weft"
     for command in ([str(script)], [sys.executable, "-m", "node.cli"]):
@@ -290,7 +290,7 @@ def test_the_real_command_ends_as_the_function_does(workplace: Path) -> None:
         assert done.stderr == "error: no node is running here\nnext:  weft up -d\n"
 
 
-def test_colour_and_width_do_not_reach_a_pipe(workplace: Path) -> None:
+def test_colour_and_width_do_not_reach_a_pipe(desk: Path) -> None:
     environment = os.environ | {"COLUMNS": "40", "TERM": "xterm-256color"}
     done = subprocess.run(
         [
@@ -360,7 +360,7 @@ print("loaded:", [m for m in sys.modules if m.split(".")[0] in ("torch", "libp2p
     assert done.stdout.splitlines()[-1] == "loaded: []"
 
 
-def test_verbs_that_hash_sign_and_ask_load_neither_torch_nor_a_server(workplace: Path) -> None:
+def test_verbs_that_hash_sign_and_ask_load_neither_torch_nor_a_server(desk: Path) -> None:
     for words, code in (("init", 0), ("add math", 0), ("plan recipe.yml", 0), ("status", 3), ("ls", 0)):
         found = loaded(*words.split())
         assert found == f"loaded: [] {code}", (words, found)
@@ -390,7 +390,7 @@ def children(pid: int) -> list[str]:
     return (Path("/proc") / str(pid) / "task" / str(pid) / "children").read_text().split()
 
 
-def test_an_interrupted_merge_says_how_to_go_on_and_does(weft, workplace: Path, expert) -> None:
+def test_an_interrupted_merge_says_how_to_go_on_and_does(weft, desk: Path, expert) -> None:
     for seed, name in enumerate(("base", "math", "code")):
         shutil.rmtree(name)
         expert(Path(name), seed, rows=200_000)
@@ -408,7 +408,7 @@ def test_an_interrupted_merge_says_how_to_go_on_and_does(weft, workplace: Path, 
     assert MODEL_ID.fullmatch(resumed.out) and list(Path().glob(".*")) == []
 
 
-def test_a_node_in_the_foreground_ends_with_ctrl_c(weft, workplace: Path) -> None:
+def test_a_node_in_the_foreground_ends_with_ctrl_c(weft, desk: Path) -> None:
     weft("init")
     node = started("up", "--listen", "/ip4/127.0.0.1/tcp/0", "--peer-api", "127.0.0.1:0")
     until(lambda: weft("status").code == 0 or node.poll() is not None)
