@@ -9,7 +9,7 @@ Rules that keep the bits of the result the same on every machine, thread count a
   `apply` then needs one chunk and the traced values alone;
 - chance is a function of a key and the index of the element (`Chunk.keys`), never of what came before.
 
-An operator that cannot be split so declares WHOLE_TENSOR; none here does, and audits compare leaves all the same.
+An operator that cannot be split so declares WHOLE_TENSOR; none here does, and audits compare leaves anyway.
 
 `apply` is the formula, in torch, readable beside the paper and good for any device. Where `compiled` is given
 it computes the same bits faster on a CPU, and a test holds the two equal. Nothing here imports torch: a
