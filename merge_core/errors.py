@@ -2,6 +2,7 @@
 
     MergeCoreError
     ├── InvalidRecipe       the author of the recipe must change it
+    ├── InvalidTask         the author of the evaluation task must change it, or its name is not known
     ├── Unmergeable         these models do not go together: choose others
     ├── CorruptCheckpoint   the bytes are not what they claim: fetch or export them again
     └── CannotWrite         the disk is full, or something lies where the output belongs: make room
@@ -23,6 +24,10 @@ class MergeCoreError(Exception):
 
 class InvalidRecipe(MergeCoreError):
     """The recipe says something that cannot be read or is not supported."""
+
+
+class InvalidTask(MergeCoreError):
+    """An evaluation task is not known by its name, or says something that cannot be scored."""
 
 
 class Unmergeable(MergeCoreError):

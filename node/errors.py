@@ -11,8 +11,8 @@
     └── VerificationFailed   the bytes or signatures are not what they claim
 
 `why` is one line for the human, `hint` the next command to run, `exit_code` what the CLI ends with.
-Errors of merge_core (InvalidRecipe, Unmergeable, CorruptCheckpoint, CannotWrite) keep their own tree;
-`exit_code_of` knows both.
+Errors of merge_core (InvalidRecipe, InvalidTask, Unmergeable, CorruptCheckpoint, CannotWrite) keep their own
+tree; `exit_code_of` knows both.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from merge_core.errors import (
     CannotWrite,
     CorruptCheckpoint,
     InvalidRecipe,
+    InvalidTask,
     MergeCoreError,
     Unmergeable,
 )
@@ -119,6 +120,7 @@ def of_system(error: OSError, *, where: Path | None = None) -> LocalError:
 
 _CORE_EXIT_CODES: dict[type[MergeCoreError], int] = {
     InvalidRecipe: 2,
+    InvalidTask: 2,
     Unmergeable: 6,
     CorruptCheckpoint: 5,
     CannotWrite: 7,

@@ -55,6 +55,7 @@ DECLARATIVE = [
     "merge_core.resolve",
     "merge_core.memory",
     "merge_core.report",
+    "merge_core.evaluation.tasks",
     "merge_core.journal",
     "merge_core.functional",
     "merge_core.tokenizer.resolve",

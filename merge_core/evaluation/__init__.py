@@ -1,14 +1,14 @@
-"""How good a model is: at the zoo's domains, on items that nothing was trained on, and at predicting a text.
+"""How good a model is: on tasks that anybody may write, and at predicting a text.
 
-    score(Path("merged"), ("rev", "sort", "brk"))  ->  {"rev": 0.98, "sort": 0.99, "brk": 0.93}
-    predict(Path("merged"), text).bits_per_byte    ->  1.14
+    task = tasks.read(Path("sums.jsonl"))
+    model, tokenizer = loading.load_model(directory), loading.load_tokenizer(directory)
+    scoring.score(model, tokenizer, task).value
 
-exact_match  answers decoded greedily, item by item right or wrong
-perplexity   a text of anybody's, window by window
-loading      a checkpoint as a model, without running anything that the directory says
+tasks       items with a metric, as data
+named       a task by its name or its file
+scoring     a model on a task: exact match, choice, bits per byte
+perplexity  a text of anybody's, window by window
+loading     a checkpoint as a model, without running anything that the directory says
+
+Nothing is imported here: tasks need no torch.
 """
-
-from merge_core.evaluation.exact_match import score, verdicts
-from merge_core.evaluation.perplexity import Prediction, predict
-
-__all__ = ["Prediction", "predict", "score", "verdicts"]

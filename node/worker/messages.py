@@ -17,6 +17,7 @@ from merge_core.errors import (
     CannotWrite,
     CorruptCheckpoint,
     InvalidRecipe,
+    InvalidTask,
     MergeCoreError,
     Unmergeable,
 )
@@ -33,6 +34,7 @@ ERRORS: dict[str, type[MergeCoreError] | type[WeftError]] = {
     for kind in (
         MergeCoreError,
         InvalidRecipe,
+        InvalidTask,
         Unmergeable,
         CorruptCheckpoint,
         CannotWrite,

@@ -64,7 +64,7 @@ def zoo(request: Request, emit: Emit) -> Result:
 
 def evaluate(request: Request, emit: Emit) -> Result:
     """Score each model by exact match on each domain."""
-    from merge_core.evaluation import score
+    from merge_core.evaluation.exact_match import score
 
     scores: dict[str, dict[str, float]] = {}
     models: dict[str, str] = request["models"]
@@ -127,7 +127,7 @@ def merge(request: Request, emit: Emit) -> Result:
 
 def perplexity(request: Request, emit: Emit) -> Result:
     """Let models predict a text; one that cannot is left out, and `text` says why."""
-    from merge_core.evaluation import predict
+    from merge_core.evaluation.perplexity import predict
     from merge_core.report import read_text
 
     text = read_text(Path(request["text"]))

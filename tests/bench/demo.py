@@ -25,7 +25,7 @@ from merge_core import recipe
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.digest import ModelId
-from merge_core.evaluation import verdicts
+from merge_core.evaluation.exact_match import verdicts
 from merge_core.functional import output_files
 from merge_core.plan import MergePlan
 from merge_core.resolve import ModelHeader, draft, header_of

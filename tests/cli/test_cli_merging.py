@@ -328,7 +328,7 @@ def test_a_text_is_predicted_by_the_result_and_every_parent_that_can(weft, llama
     assert kept["readings"][0] == data["report"]["readings"][0] and "bits per byte" in _card(llamas / "out")
     assert str(llamas) not in json.dumps(kept) + _card(llamas / "out")
 
-    from merge_core.evaluation import predict
+    from merge_core.evaluation.perplexity import predict
 
     assert (
         predict(llamas / "out", (llamas / "text").read_text()).bits_per_byte

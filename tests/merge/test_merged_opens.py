@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from merge_core.evaluation import score
+from merge_core.evaluation.exact_match import score
 from merge_core.zoo import DEMO_DOMAINS, Zoo, build
 
 

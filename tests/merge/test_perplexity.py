@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
-from merge_core.evaluation import predict
+from merge_core.evaluation.perplexity import predict
 
 TEXT = "The quick brown fox jumps over the lazy dog. Ünïcödé counts by bytes.\n" * 3
 CONTEXT = 32

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
-from merge_core.evaluation import score, verdicts
-from merge_core.evaluation.exact_match import answer
+from merge_core.evaluation.exact_match import answer, score, verdicts
 from merge_core.evaluation.loading import load_model
 from merge_core.zoo import DEMO_DOMAINS, DOMAINS, Zoo, build
 from merge_core.zoo.domains import LENGTH, SPLITS, decode, encode, items
-from merge_core.zoo.training import RECIPES, exact_share, sequences
+from merge_core.zoo.recipes import RECIPES
+from merge_core.zoo.training import exact_share, sequences
 
 RIGHT: dict[str, Callable[[str], str]] = {
     "rev": lambda prompt: prompt[::-1],
