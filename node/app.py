@@ -6,6 +6,7 @@ Services are imported where they are put together: `weft --help` loads none of t
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.05
+COLLECT_EVERY = 100_000
+"""Objects between two looks for cycles, where a merge is all that a process does: they stay to its end."""
 
 
 def initialise(home: Home, *, now: float) -> Identity:
@@ -278,6 +281,7 @@ def plan_here(home: Home, recipe: Recipe) -> dict[str, Any]:
     from node.merging.merge import Merging
     from node.wire.view import to_data
 
+    gc.set_threshold(COLLECT_EVERY)
     return to_data(views.plan(asyncio.run(Merging(local_parents(home), None, clock=time.time).plan(recipe))))
 
 
@@ -294,6 +298,7 @@ def merge_here(
     from node.merging import local
     from node.merging.merge import Merging
 
+    gc.set_threshold(COLLECT_EVERY)
     merging = Merging(local_parents(home), identity_if_any(home), clock=time.time, known=known_places(home))
     return asyncio.run(
         local.merge(

@@ -7,6 +7,7 @@ It ties its life to its parent's before it imports anything heavy, keeps the rea
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -17,12 +18,15 @@ from typing import Any, BinaryIO
 from node.worker.messages import describe_error, encode
 
 _PR_SET_PDEATHSIG = 1
+_COLLECT_EVERY = 100_000
+"""Objects between two looks for cycles: many tensors are many objects, which nearly all stay to the end."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the task that the arguments name; 0 when a last word was said."""
     task, parent = arguments
     _die_with(int(parent))
+    gc.set_threshold(_COLLECT_EVERY)
     voice = _take_stdout()
 
     def say(message: dict[str, Any]) -> None:
