@@ -5,13 +5,14 @@
     VerifiedSource  the TensorSource that hashes every leaf again as it is read
 
 Positioned reads into reused buffers, not mmap: mapped pages count as memory of the process
-and were no faster.
+and were no faster. Who reads the same weights again and again maps them (`Checkpoint.view`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -79,6 +80,7 @@ class Checkpoint:
         self.survey = survey
         self._files = dict(files)
         self._where: dict[str, tuple[int, Span]] = {}
+        self._maps: dict[int, memoryview] = {}
         self.config: dict[str, Any] = {}
         self.architecture = ""
         self.tensors: Mapping[str, TensorInfo] = {}
@@ -113,6 +115,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the weight files; nothing can be read afterwards."""
+        self._maps.clear()
         while self._files:
             os.close(self._files.popitem()[1])
         self._where.clear()
@@ -134,6 +137,21 @@ class Checkpoint:
             if count == 0:
                 raise CorruptCheckpoint(f"{self.path}: the file of {tensor} became shorter", hint=_HINT)
             done += count
+        return view
+
+    def view(self, tensor: str) -> memoryview:
+        """The bytes of a tensor as pages of its file, which processes share and whoever writes there changes.
+
+        It outlives the checkpoint. Raises KeyError on an unknown tensor, CorruptCheckpoint if a file shrank.
+        """
+        descriptor, span = self._where[tensor]
+        if span.begin == span.end:
+            return memoryview(b"")
+        if descriptor not in self._maps:
+            self._maps[descriptor] = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+        view = self._maps[descriptor][span.begin : span.end]
+        if len(view) != span.end - span.begin:
+            raise CorruptCheckpoint(f"{self.path}: the file of {tensor} became shorter", hint=_HINT)
         return view
 
     def stamp(self, tensor: str) -> FileStamp:

@@ -38,8 +38,9 @@ class TensorSource(Protocol):
     ) -> bytes | memoryview:
         """The bytes of `count` leaves of 1 MiB from `first_leaf`; the last leaf of a tensor may be shorter.
 
-        They lie in the start of `into`, which has room for whole leaves, where it is given; else a memoryview
-        stays valid until the next read on this source by the same thread. Raises CorruptCheckpoint when the
-        bytes do not match their digest.
+        They lie in the start of `into`, which has room for whole leaves, where it is given, unless the source
+        has them in memory of its own: what is returned counts. Without it a memoryview stays valid until the
+        next read on this source by the same thread. Raises CorruptCheckpoint when the bytes do not match
+        their digest.
         """
         ...

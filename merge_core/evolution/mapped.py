@@ -1,0 +1,74 @@
+"""MappedSource: the tensors of a checkpoint as pages of its files, which all processes of a machine share.
+
+A merge streams every weight once and reads into buffers that it uses again. Candidates are made of the same
+weights many times over: here nothing is copied but what does not lie as kernels need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from merge_core.checkpoint import dtypes, merkle
+from merge_core.checkpoint.manifest import LeafTable
+from merge_core.checkpoint.reader import Checkpoint, FileStamp
+from merge_core.checkpoint.source import TensorInfo
+from merge_core.errors import CorruptCheckpoint
+
+
+class MappedSource:
+    """A TensorSource over a checkpoint that stays as it is: a file written to meanwhile is refused."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, leaves: LeafTable, *, hashed: Collection[FileStamp] = ()
+    ) -> None:
+        """Map an open checkpoint, which the caller closes, and hash what `hashed` does not vouch for.
+
+        Raises CorruptCheckpoint where bytes are not those of the leaf table.
+        """
+        self._checkpoint = checkpoint
+        self._stamps = {name: checkpoint.stamp(name) for name in checkpoint.tensors}
+        self._views = {name: checkpoint.view(name) for name in checkpoint.tensors}
+        for name, stamp in self._stamps.items():
+            if stamp not in hashed:
+                self._verify(name, leaves)
+            if not _fits(self._views[name], checkpoint.tensors[name].dtype):
+                self._views[name] = memoryview(bytearray(self._views[name]))
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, sorted by name."""
+        return self._checkpoint.tensors
+
+    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
+        """The leaves where they lie; `into` stays as it is. Raises CorruptCheckpoint if the file changed."""
+        view = self._views[tensor]
+        if first_leaf < 0 or count < 1 or first_leaf + count > merkle.leaf_count(len(view)):
+            raise ValueError(f"leaves {first_leaf} to {first_leaf + count} of {tensor}")
+        if self._checkpoint.stamp(tensor) != self._stamps[tensor]:
+            raise CorruptCheckpoint(
+                f"{self._checkpoint.path} was written to while it was read", hint="weft verify DIR"
+            )
+        return view[first_leaf * merkle.LEAF_SIZE : (first_leaf + count) * merkle.LEAF_SIZE]
+
+    def _verify(self, name: str, leaves: LeafTable) -> None:
+        view = self._views[name]
+        try:
+            expected = leaves[name]
+        except KeyError:
+            expected = ()
+        found = [
+            merkle.leaf_digest(view[i * merkle.LEAF_SIZE : (i + 1) * merkle.LEAF_SIZE])
+            for i in range(merkle.leaf_count(len(view)))
+        ]
+        if found != list(expected):
+            raise CorruptCheckpoint(
+                f"{self._checkpoint.path}: {name} is not what was published",
+                hint=f"weft verify {self._checkpoint.path}",
+            )
+
+
+def _fits(view: memoryview, dtype: str) -> bool:
+    """Whether elements begin where the machine reads them best, as vector code demands."""
+    import numpy as np
+
+    return len(view) == 0 or np.frombuffer(view, np.uint8).ctypes.data % dtypes.SIZES[dtype] == 0
