@@ -262,7 +262,7 @@ class _Leaves:
         own = memoryview(bytearray(merkle.LEAF_SIZE))
         data = self._sources[operand.source].read(operand.tensor, leaf, 1, into=own)
         with self._lock:
-            self._held[operand, leaf] = held = own[: len(data)]
+            self._held[operand, leaf] = held = memoryview(data)
             while len(self._held) > _LEAVES:
                 self._held.popitem(last=False)
         return held
