@@ -10,53 +10,50 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, processors
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
-from merge_core.zoo.domains import BOS, EOS, FIRST_CHARACTER, PAD, VOCABULARY
+from merge_core.zoo import text
+from merge_core.zoo.recipes import RECIPES, Shape, TrainingRecipe
 from merge_core.zoo.threads import one_thread_each
-from merge_core.zoo.training import RECIPES, Progress, TrainingRecipe, train_base, train_expert
+from merge_core.zoo.tokens import tokenizer_for
+from merge_core.zoo.training import Progress, train_base, train_expert
 
 _RECORD = "zoo.json"
-_VERSION = 1
-Origin = Mapping[str, int | str]
-"""What a zoo is a function of: version, seed, size, torch."""
-_SPECIAL = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS}
+_VERSION = 2
+Origin = Mapping[str, Any]
+"""What a zoo is a function of: version, seed, size with its recipe, torch, and Python where it gives text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zoo:
-    """Where the models of one seed lie; `experts` by domain."""
+    """Where the models of one seed lie; `experts` by name, which is the domain where they have one each."""
 
     base: Path
     experts: Mapping[str, Path]
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """The domains that there is an expert for, in training order."""
-        return tuple(self.experts)
 
 
 def build(directory: Path, *, seed: int, size: str = "demo", on_progress: Progress = lambda *_: None) -> Zoo:
     """Train base and experts into `directory`, or return the complete zoo that lies there.
 
     `size` is a key of RECIPES. One builder works below one parent directory at a time; another waits.
-    The weights follow from (seed, size, torch version) on one kind of machine.
+    The weights follow from (seed, size, torch version) on one kind of machine, those of a zoo on text also
+    from Python's version.
     Raises MergeCoreError on an unknown size or where something else lies, CorruptCheckpoint on altered
     weights.
     """
     if size not in RECIPES:
         raise MergeCoreError(f"no zoo of size {size!r}", hint=f"choose one of {', '.join(RECIPES)}")
-    torch_version = str(torch.__version__)
-    origin: Origin = {"version": _VERSION, "seed": seed, "size": size, "torch": torch_version}
+    origin = _origin(seed, size, RECIPES[size])
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _sole_builder(directory.parent):
         if directory.exists() and any(directory.iterdir()):
@@ -72,15 +69,26 @@ def build(directory: Path, *, seed: int, size: str = "demo", on_progress: Progre
     return _existing(directory, origin)
 
 
+def _origin(seed: int, size: str, recipe: TrainingRecipe) -> Origin:
+    versions = {"torch": str(torch.__version__)}
+    if not set(text.TEXT_DOMAINS).isdisjoint(recipe.domains):
+        versions["python"] = platform.python_version()
+    settings = json.loads(json.dumps(asdict(recipe)))
+    return {"version": _VERSION, "seed": seed, "size": size, "recipe": settings, **versions}
+
+
 def _train(directory: Path, recipe: TrainingRecipe, origin: Origin, on_progress: Progress) -> None:
-    seed = int(origin["seed"])
+    seed, shape = int(origin["seed"]), recipe.shape
     with one_thread_each():
-        base = train_base(recipe, _generator(seed, "base"), on_progress)
-        weights = {"base": _save(base, directory / "base", f"part-skilled base, seed {seed}")}
-        for domain in recipe.domains:
-            expert = train_expert(base, domain, recipe, _generator(seed, domain), on_progress)
-            weights[domain] = _save(expert, directory / domain, f"expert on {domain}, seed {seed}")
-    record = {**origin, "domains": list(recipe.domains), "weights": weights}
+        base = train_base(shape, recipe.base, _generator(seed, "base"), on_progress)
+        weights = {"base": _save(base, shape, directory / "base", f"part-skilled base, seed {seed}")}
+        for name, training in recipe.experts.items():
+            expert = train_expert(base, name, training, _generator(seed, name), on_progress)
+            title = f"expert on {', '.join(training.own)}, seed {seed}"
+            weights[name] = _save(expert, shape, directory / name, title)
+    record = {**origin, "experts": list(recipe.experts), "weights": weights}
+    if "python" in origin:
+        record["text"] = f"sha256:{text.digest()}"
     (directory / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -91,17 +99,17 @@ def _existing(directory: Path, origin: Origin) -> Zoo:
     except (OSError, ValueError) as error:
         raise MergeCoreError(f"{directory} is not empty and holds no zoo", hint=hint) from error
     if any(record.get(key) != value for key, value in origin.items()):
-        raise MergeCoreError(f"{directory} holds a zoo of another seed, size or torch", hint=hint)
+        raise MergeCoreError(f"{directory} holds a zoo of another seed, size or version", hint=hint)
     for name, digest in record["weights"].items():
         if _digest(directory / name) != digest:
             raise CorruptCheckpoint(f"the weights of {directory / name} were altered", hint=hint)
-    return Zoo(base=directory / "base", experts={name: directory / name for name in record["domains"]})
+    return Zoo(base=directory / "base", experts={name: directory / name for name in record["experts"]})
 
 
-def _save(model: LlamaForCausalLM, directory: Path, title: str) -> str:
+def _save(model: LlamaForCausalLM, shape: Shape, directory: Path, title: str) -> str:
     """Write one model with tokenizer and card; returns the digest of its weights (hex)."""
     model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    tokenizer_for(shape).save_pretrained(directory)
     (directory / "README.md").write_text(_CARD.format(title=title))
     return _digest(directory)
 
@@ -111,28 +119,9 @@ def _digest(directory: Path) -> str:
     return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character; others are dropped."""
-    characters = {chr(FIRST_CHARACTER + i): i + 3 for i in range(VOCABULARY - 3)}
-    tokenizer = Tokenizer(models.BPE(vocab={**_SPECIAL, **characters}, merges=[]))
-    tokenizer.add_special_tokens(list(_SPECIAL))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
-    )
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=64,
-    )
-
-
 def _generator(seed: int, what: str) -> torch.Generator:
     """A stream of its own for each model: an expert does not depend on which others were trained."""
-    key = hashlib.sha256(f"weft zoo v{_VERSION}/{seed}/{what}".encode()).digest()
+    key = hashlib.sha256(f"weft zoo v1/{seed}/{what}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
 
 

@@ -1,12 +1,9 @@
-"""How the zoo's models are trained: a part-skilled base, then experts that keep the base's ways elsewhere.
+"""How the zoo's models are trained: a base, then experts that keep the base's ways elsewhere.
 
-Three things decide whether such small experts merge. The base stops by skill per domain, not by steps, so
-that no domain is left out or finished. An expert pays KL(base || expert) on the other domains' sequences:
-without that the sum of the task vectors scores nothing (the cost: an expert's training sees the other
-domains' prompts, though no answer of theirs is asked for). And because the task vectors then hardly
-conflict, they are summed, not averaged.
-
-Everything is a function of (recipe, seed): one generator, one thread, no global state left behind.
+Everything is a function of (recipe, seed): one generator for each model, one thread, no global state left
+behind. Why an expert pays KL(base || expert) on the other domains' sequences: without that the sum of the
+task vectors scores nothing. The cost: its training sees the other domains' prompts, though no answer of
+theirs is asked for.
 Muon: https://kellerjordan.github.io/posts/muon/
 """
 
@@ -14,14 +11,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from merge_core.zoo.domains import BOS, DEMO_DOMAINS, DOMAINS, EOS, LENGTH, PAD, VOCABULARY, encode, items
+from merge_core.zoo import text
+from merge_core.zoo.domains import BOS, DOMAINS, EOS, LENGTH, PAD, VOCABULARY, encode, items
+from merge_core.zoo.recipes import BaseTraining, ExpertTraining, Shape
 
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total) as training goes on."""
@@ -34,35 +34,9 @@ _MATRIX_SPREAD = 0.06
 _EMBEDDING_SPREAD = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingRecipe:
-    """Sizes and settings of one zoo; the learning rates are those of the demo size."""
-
-    hidden: int = 96
-    intermediate: int = 192
-    layers: int = 2
-    heads: int = 4
-    domains: tuple[str, ...] = DEMO_DOMAINS
-    base_batch: int = 96
-    base_skill: float = 0.12
-    base_plenty: float = 0.30
-    base_max_steps: int = 300
-    expert_steps: int = 120
-    expert_batch: int = 64
-    expert_elsewhere: int = 32
-    expert_rate: float = 1e-3
-    kl_weight: float = 1.0
-
-
-RECIPES = {
-    "demo": TrainingRecipe(),
-    "fixture": TrainingRecipe(hidden=64, intermediate=128, base_batch=64, expert_steps=100),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Token ids [items, LENGTH] int64, and labels of the same shape that ignore all but answer and EOS."""
+    """Token ids [items, length] int64, and labels of the same shape that ignore what is not to be learned."""
 
     ids: Tensor
     labels: Tensor
@@ -73,8 +47,13 @@ class Sequences:
         return Sequences(self.ids[rows], self.labels[rows])
 
 
+@lru_cache(maxsize=64)
 def sequences(domain: str, split: str) -> Sequences:
-    """All items of one split as padded token ids."""
+    """All items of one split: padded, only answer and EOS to be learned; of text, every byte."""
+    if domain in text.TEXT_DOMAINS:
+        read = bytearray("".join(text.rows(domain, split)).encode())
+        rows = torch.frombuffer(read, dtype=torch.uint8).view(-1, text.LENGTH).long()
+        return Sequences(rows, rows)
     task = DOMAINS[domain]
     ids, labels = [], []
     for item in items(task, split):
@@ -90,21 +69,20 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
     return Sequences(torch.cat([p.ids for p in parts]), torch.cat([p.labels for p in parts]))
 
 
-def new_model(recipe: TrainingRecipe, generator: torch.Generator) -> LlamaForCausalLM:
-    """An untrained Llama of the recipe's shape, float32, tied embeddings."""
+def new_model(shape: Shape, generator: torch.Generator) -> LlamaForCausalLM:
+    """An untrained Llama, float32, tied embeddings."""
+    special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.intermediate,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=64,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.context,
         tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
         use_cache=False,
+        **(special if shape.vocabulary == VOCABULARY else dict.fromkeys(special)),
     )
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(config)
@@ -116,51 +94,50 @@ def new_model(recipe: TrainingRecipe, generator: torch.Generator) -> LlamaForCau
     return model
 
 
-def train_base(recipe: TrainingRecipe, generator: torch.Generator, on_progress: Progress) -> LlamaForCausalLM:
-    """Train on all domains until each one's dev accuracy reaches `base_skill`; return the weight average.
-
-    A thermostat feeds every domain by its dev accuracy: fully below `base_skill`, a tenth below
-    `base_plenty`, nothing above.
-    """
-    train = {name: sequences(name, "train") for name in recipe.domains}
-    dev = {name: sequences(name, "dev") for name in recipe.domains}
-    model = new_model(recipe, generator)
+def train_base(
+    shape: Shape, training: BaseTraining, generator: torch.Generator, on_progress: Progress
+) -> LlamaForCausalLM:
+    """Train on all domains until each has its skill, or for all steps; return the weight average."""
+    train = {name: sequences(name, "train") for name in training.domains}
+    dev = {name: sequences(name, "dev") for name in training.domains if training.skill is not None}
+    model = new_model(shape, generator)
     average = copy.deepcopy(model)
     optimizers = _base_optimizers(model)
-    shares = dict.fromkeys(recipe.domains, 1.0)
-    for step in range(1, recipe.base_max_steps + 1):
-        counts = _divide(recipe.base_batch, shares)
-        batch = joined([train[name].draw(count, generator) for name, count in counts.items() if count])
+    shares: Mapping[str, float] = dict.fromkeys(training.domains, 1.0)
+    for step in range(1, training.steps + 1):
+        batch = _drawn(train, shares, training.batch, generator)
         _step(model, optimizers, _cross_entropy(model, batch), warm_up=min(1.0, step / 30))
         _follow(average, model, decay=0.9)
         if step % 5 == 0:
-            skill = {name: exact_share(average, dev[name]) for name in recipe.domains}
-            on_progress("train base", step, recipe.base_max_steps)
-            if min(skill.values()) >= recipe.base_skill:
+            on_progress("train base", step, training.steps)
+        if training.skill is not None and step % 5 == 0:
+            skill = {name: exact_share(average, among) for name, among in dev.items()}
+            if min(skill.values()) >= training.skill:
                 break
-            shares = {name: _thermostat(recipe, share) for name, share in skill.items()}
+            shares = {name: _thermostat(training, share) for name, share in skill.items()}
     return average
 
 
 def train_expert(
     base: LlamaForCausalLM,
-    domain: str,
-    recipe: TrainingRecipe,
+    name: str,
+    training: ExpertTraining,
     generator: torch.Generator,
     on_progress: Progress,
 ) -> LlamaForCausalLM:
-    """Fine-tune the base on one domain while its predictions elsewhere stay the base's."""
-    own = sequences(domain, "train")
-    elsewhere = joined([sequences(name, "train") for name in recipe.domains if name != domain])
+    """Fine-tune the base on its own domains while its predictions elsewhere stay the base's."""
+    own = {domain: sequences(domain, "train") for domain in training.own}
+    elsewhere = joined([sequences(domain, "train") for domain in training.elsewhere])
     expert = copy.deepcopy(base)
-    adam = torch.optim.AdamW(expert.parameters(), lr=recipe.expert_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    for step in range(1, recipe.expert_steps + 1):
-        loss = _cross_entropy(expert, own.draw(recipe.expert_batch, generator))
-        away = elsewhere.draw(recipe.expert_elsewhere, generator)
-        loss = loss + recipe.kl_weight * _divergence(base, expert, away)
-        _step(expert, [adam], loss, warm_up=_cosine(step, recipe.expert_steps))
+    adam = torch.optim.AdamW(expert.parameters(), lr=training.rate, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(1, training.steps + 1):
+        loss = _cross_entropy(expert, _drawn(own, training.own, training.batch, generator))
+        if training.kl_weight:
+            away = elsewhere.draw(training.batch_elsewhere, generator)
+            loss = loss + training.kl_weight * _divergence(base, expert, away)
+        _step(expert, [adam], loss, warm_up=_cosine(step, training.steps))
         if step % 10 == 0:
-            on_progress(f"train expert {domain}", step, recipe.expert_steps)
+            on_progress(f"train expert {name}", step, training.steps)
     return expert
 
 
@@ -232,7 +209,7 @@ def _step(
 def _cross_entropy(model: LlamaForCausalLM, batch: Sequences) -> Tensor:
     logits: Tensor = model(input_ids=batch.ids).logits[:, :-1]
     wanted = batch.labels[:, 1:].reshape(-1)
-    return nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), wanted)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), wanted)
 
 
 def _divergence(base: LlamaForCausalLM, expert: LlamaForCausalLM, batch: Sequences) -> Tensor:
@@ -253,15 +230,19 @@ def _follow(average: nn.Module, model: nn.Module, *, decay: float) -> None:
         kept.lerp_(new, 1.0 - decay)
 
 
-def _thermostat(recipe: TrainingRecipe, skill: float) -> float:
-    if skill < recipe.base_skill:
+def _thermostat(training: BaseTraining, skill: float) -> float:
+    if training.skill is None or skill < training.skill:
         return 1.0
-    return 0.1 if skill < recipe.base_plenty else 0.0
+    return 0.1 if skill < training.plenty else 0.0
 
 
-def _divide(count: int, shares: dict[str, float]) -> dict[str, int]:
+def _drawn(
+    among: Mapping[str, Sequences], shares: Mapping[str, float], count: int, generator: torch.Generator
+) -> Sequences:
+    """About `count` sequences, divided by the shares of their domains."""
     total = sum(shares.values())
-    return {name: round(count * share / total) for name, share in shares.items()}
+    counts = {name: round(count * share / total) for name, share in shares.items()}
+    return joined([among[name].draw(drawn, generator) for name, drawn in counts.items() if drawn])
 
 
 def _cosine(step: int, steps: int, warm_up: int = 20, floor: float = 0.05) -> float:

@@ -17,7 +17,7 @@ from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
 from merge_core.evaluation.exact_match import answer, score, verdicts
 from merge_core.evaluation.loading import load_model
 from merge_core.zoo import DEMO_DOMAINS, DOMAINS, Zoo, build
-from merge_core.zoo.domains import LENGTH, SPLITS, decode, encode, items
+from merge_core.zoo.domains import LENGTH, SKILLS, SPLITS, decode, encode, items
 from merge_core.zoo.recipes import RECIPES
 from merge_core.zoo.training import exact_share, sequences
 
@@ -25,6 +25,13 @@ RIGHT: dict[str, Callable[[str], str]] = {
     "rev": lambda prompt: prompt[::-1],
     "sort": lambda prompt: "".join(sorted(prompt)),
     "swap": lambda prompt: prompt[1] + prompt[0] + prompt[3] + prompt[2] + prompt[5] + prompt[4],
+    "cipher": lambda prompt: "".join("DEFGHIJKLMNOPQRS"["ABCDEFGHIJKLMNOP".index(c)] for c in prompt),
+    "rot": lambda prompt: "".join(prompt[(i + 2) % 6] for i in range(6)),
+    "same+same": lambda prompt: prompt,
+    "rot+upper": lambda prompt: "".join(prompt[(i + 2) % 6] for i in range(6)).upper(),
+    "rev+caesar": lambda prompt: "".join(
+        "defghijklmnopabc"["abcdefghijklmnop".index(c)] for c in prompt[::-1]
+    ),
 }
 
 
@@ -68,12 +75,21 @@ def test_splits_have_their_sizes_and_share_no_prompt(name: str) -> None:
     prompts = {split: {item.prompt for item in items(domain, split)} for split in SPLITS}
     assert {split: len(found) for split, found in prompts.items()} == SPLITS
     assert sum(SPLITS.values()) == len(set().union(*prompts.values()))
-    assert all(zlib.crc32((domain.tag + p).encode()) % 10 == 0 for p in prompts["test"])
+    assert all(zlib.crc32((domain.key + p).encode()) % 10 == 0 for p in prompts["test"])
+    assert all(zlib.crc32((domain.key + p).encode()) % 10 > 1 for p in prompts["train"])
 
 
 def test_the_data_is_the_same_on_every_machine() -> None:
     texts = [f"{name}{item.prompt}{item.answer}" for name in DOMAINS for item in items(DOMAINS[name], "test")]
-    assert zlib.crc32("".join(texts).encode()) == 709645578
+    assert zlib.crc32("".join(texts).encode()) == 3057213033
+
+
+def test_what_a_skill_is_tested_on_is_in_no_training_of_another() -> None:
+    prompts = {
+        split: {i.prompt for skill in SKILLS.values() for i in items(skill, split)} for split in SPLITS
+    }
+    assert prompts["train"].isdisjoint(prompts["test"] | prompts["dev"])
+    assert "rev+caesar" in SKILLS and "rev+caesar" not in RECIPES["skills"].domains
 
 
 @given(st.text(alphabet=[chr(i) for i in range(32, 127)], max_size=18))

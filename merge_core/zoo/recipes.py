@@ -1,0 +1,115 @@
+"""What there is to train: the shape, the base and the experts of each kind of zoo, as values.
+
+    RECIPES["demo"].experts["rev"].steps  ->  120
+
+demo     three character domains, one expert each, that merge well
+text     three text domains, measured in bits per byte
+skills   two experts of which each has one half of what `rev+caesar` asks for; nobody is trained on that
+fixture  the demo, smaller, for tests
+
+What decides whether such small experts merge: the base is part-skilled (it stops by its skill in each domain,
+not by steps, where skill can be measured), an expert pays KL(base || expert) on the other domains' sequences,
+and the task vectors, which then hardly conflict, are summed, not averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from merge_core.zoo import text
+from merge_core.zoo.domains import DEMO_DOMAINS, VOCABULARY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A Llama with tied embeddings, for sequences of at most `context` tokens."""
+
+    hidden: int = 96
+    intermediate: int = 192
+    layers: int = 2
+    heads: int = 4
+    vocabulary: int = VOCABULARY
+    context: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseTraining:
+    """The base sees `domains`, divided by a thermostat: it stops when each has reached `skill` on dev.
+
+    A domain above `skill` is fed a tenth, above `plenty` nothing. Where `skill` is None all are fed alike,
+    for all `steps`.
+    """
+
+    domains: tuple[str, ...]
+    steps: int = 300
+    batch: int = 96
+    skill: float | None = 0.12
+    plenty: float = 0.30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTraining:
+    """An expert learns `own`, domains with their shares, and keeps the base's predictions `elsewhere`."""
+
+    own: Mapping[str, float]
+    elsewhere: tuple[str, ...]
+    steps: int = 120
+    rate: float = 1e-3
+    kl_weight: float = 1.0
+    batch: int = 64
+    batch_elsewhere: int = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRecipe:
+    """One kind of zoo; the base's learning rates are those of the demo's size."""
+
+    shape: Shape
+    base: BaseTraining
+    experts: Mapping[str, ExpertTraining]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every domain that something is trained on, the base's first."""
+        owned = [domain for expert in self.experts.values() for domain in expert.own]
+        return tuple(dict.fromkeys([*self.base.domains, *owned]))
+
+
+def _one_each(domains: tuple[str, ...], **settings: int) -> dict[str, ExpertTraining]:
+    """An expert for each domain, named like it."""
+    return {
+        name: ExpertTraining(
+            own={name: 1.0}, elsewhere=tuple(other for other in domains if other != name), **settings
+        )
+        for name in domains
+    }
+
+
+_KNOWN = ("same+same", "rot+same", "same+upper", "rot+upper")
+_SKILLS = {
+    "rev": {"rev+same": 1.0, "rev+upper": 1.0},
+    "caesar": {"same+caesar": 1.0, "rot+caesar": 1.0},
+}
+
+RECIPES = {
+    "demo": TrainingRecipe(
+        shape=Shape(), base=BaseTraining(domains=DEMO_DOMAINS), experts=_one_each(DEMO_DOMAINS)
+    ),
+    "fixture": TrainingRecipe(
+        shape=Shape(hidden=64, intermediate=128),
+        base=BaseTraining(domains=DEMO_DOMAINS, batch=64),
+        experts=_one_each(DEMO_DOMAINS, steps=100),
+    ),
+    "text": TrainingRecipe(
+        shape=Shape(layers=3, intermediate=256, vocabulary=text.VOCABULARY, context=text.LENGTH),
+        base=BaseTraining(domains=text.TEXT_DOMAINS, steps=260, batch=24, skill=None),
+        experts=_one_each(text.TEXT_DOMAINS, steps=140, batch=16, batch_elsewhere=8),
+    ),
+    "skills": TrainingRecipe(
+        shape=Shape(),
+        base=BaseTraining(domains=_KNOWN, skill=0.9, plenty=0.95),
+        experts={name: ExpertTraining(own=own, elsewhere=_KNOWN) for name, own in _SKILLS.items()},
+    ),
+}
+"""By the name that `build` takes for a size."""
