@@ -153,9 +153,14 @@ class Genome:
         """The genes of the recipe that the search begins with."""
         return tuple(gene.start for gene in self.genes)
 
+    @property
+    def base(self) -> str | None:
+        """The model that all task vectors start from, if there is one."""
+        return self.origin.merges[-1].single_base
+
     def recipe(self, values: Sequence[float]) -> Recipe:
         """The recipe that these genes are, each rounded and brought within its bounds."""
-        chosen = self._settled(values)
+        chosen = self.settled(values)
         if self.shape.groups:
             return self._of_groups(chosen)
         merge = self.origin.merges[-1]
@@ -163,7 +168,7 @@ class Genome:
 
     def weights(self, values: Sequence[float]) -> list[list[float]]:
         """The leading coefficient of each expert at each layer, the mean of all parts: [experts][layers]."""
-        chosen, leading = self._settled(values), self.genes[-1].parameter
+        chosen, leading = self.settled(values), self.genes[-1].parameter
         deep = [part for part in self.parts if part.deep] or self.parts
         experts = range(len(self.experts)) if self._is_each(leading) else (None,)
         return [
@@ -185,12 +190,13 @@ class Genome:
     def _index(self) -> Mapping[tuple[str, int, str, int, int | None], int]:
         return {(g.parameter, g.group, g.part, g.point, g.expert): i for i, g in enumerate(self.genes)}
 
-    def _settled(self, values: Sequence[float]) -> list[float]:
+    def settled(self, values: Sequence[float]) -> tuple[float, ...]:
+        """The values that are written and judged: rounded, each within its bounds."""
         if len(values) != len(self.genes):
             raise ValueError(f"{len(values)} values for {len(self.genes)} genes")
         pairs = zip(values, self.genes, strict=True)
         # Adding zero makes -0.0 the zero that YAML has.
-        return [round(min(max(float(v), g.low), g.high), DECIMALS) + 0.0 for v, g in pairs]
+        return tuple(round(min(max(float(v), g.low), g.high), DECIMALS) + 0.0 for v, g in pairs)
 
     def _is_each(self, parameter: str) -> bool:
         return any(g.parameter == parameter and g.expert is not None for g in self.genes)
