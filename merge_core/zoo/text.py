@@ -51,7 +51,7 @@ def rows(domain: str, split: str) -> tuple[str, ...]:
     step = LENGTH if others else 1
     starts = range(0, len(text) - LENGTH, step)
     found: dict[str, None] = {}
-    tried = min(4 * SPLITS[split], len(starts))
+    tried = len(starts) if others else 2 * SPLITS[split]
     for start in random.Random(f"{domain}/{split}").sample(starts, tried):
         row = text[start : start + LENGTH]
         if not any(row in other for other in others):
