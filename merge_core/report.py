@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from merge_core.checkpoint.layout import Role, place
@@ -54,13 +53,14 @@ class Norms:
         self._squares: dict[tuple[str, int], list[float]] = {}
 
     def observe(
-        self, tensor: str, piece: int, operands: Sequence[NDArray[np.float32]], output: NDArray[np.float32]
+        self, tensor: str, piece: int, operands: Sequence[NDArray[Any]], output: NDArray[Any]
     ) -> None:
         """Take in a block of a piece: the operands as they were merged, and what came of them."""
+        from merge_core.operators import kernels
+
         known = self._squares.setdefault((tensor, piece), [0.0] * (1 + len(operands)))
-        with np.errstate(over="ignore"):
-            for index, array in enumerate((output, *operands)):
-                known[index] += float(np.dot(array, array))
+        for index, array in enumerate((output, *operands)):
+            known[index] += kernels.square_sum(array)
 
     def taken(self) -> dict[str, tuple[float, ...]]:
         """The norms of each tensor that was observed: its own, then its operands'."""

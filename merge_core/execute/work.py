@@ -1,8 +1,8 @@
 """Work: one tensor of a plan, measured and computed in pieces of whole leaves.
 
-A piece is read into memory that its thread uses again, widened and computed block by block (a block and its
-operands fit the cache), and narrowed into the output. Where an operator wants whole rows a piece reads as
-much further as its first and last row reach.
+A piece is read into memory that its thread uses again, computed block by block (a block and its operands fit
+the cache), and narrowed into the output. Where an operator wants whole rows a piece reads as much further as
+its first and last row reach.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.pool import Pool
 from merge_core.memory import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from merge_core.operators import COPY, convert, find
-from merge_core.operators.base import Array, Chunk, Traced
+from merge_core.operators.base import Array, Chunk, Stored, Traced
 from merge_core.operators.scratch import scratch
 from merge_core.plan import TensorPlan
 
 T = TypeVar("T")
-Observe = Callable[[str, int, Sequence[Array], Array], None]
+Observe = Callable[[str, int, Sequence[Stored], Array], None]
 """Called in the thread that computes, with the tensor, the piece, a block of its operands and the output."""
 
 
@@ -56,6 +56,7 @@ class Work:
             (operand.tensor, source, source.tensors[operand.tensor].dtype)
             for operand, source in zip(tensor.operands, sources, strict=True)
         ]
+        self._patterns = all(dtype == "BF16" for _, _, dtype in self._operands)
         self._keys = tuple(keys)
         self._depth = depth
         self._row = tensor.row
@@ -75,9 +76,9 @@ class Work:
             raise Unmergeable(f"{self.tensor.name}: {error.why}", hint=error.hint) from error
 
     def chunk(self, piece: int) -> Chunk:
-        """A piece of every operand as float32."""
+        """A piece of every operand."""
         start, stop = self._span(piece)
-        arrays = self._widened(self._read(start, stop), 0, stop - start)
+        arrays = self._computable(self._read(start, stop), 0, stop - start)
         return Chunk(arrays=arrays, start=start, row=self._row, keys=self._keys)
 
     # -- computing -----------------------------------------------------------------------------------
@@ -92,7 +93,9 @@ class Work:
         if self._copied:
             (name, source, _), *_ = self._operands
             data = source.read(name, piece, 1, into=out)
-            return finite(data, self.tensor.dtype)
+            if memoryview(data).obj is not out.obj:  # the source has it in memory of its own
+                out[:] = data
+            return finite(out, self.tensor.dtype)
         start, stop = self._span(piece)
         first = piece * self._chunk
         end = min(first + self._chunk, self.length)
@@ -102,7 +105,7 @@ class Work:
         sound = True
         for at in range(start, stop, block):
             until = min(at + block, stop)
-            arrays = self._widened(raw, at - start, until - start)
+            arrays = self._computable(raw, at - start, until - start)
             values = self._apply(arrays, at, traced)
             low, high = max(at, first), min(until, end)
             if low < high:
@@ -137,7 +140,7 @@ class Work:
             (name, source, _), *_ = self._operands
             return None if finite(source.read(name, piece, 1), self.tensor.dtype) else 0
         arrays = enumerate(self.chunk(piece).arrays)
-        return next((index for index, elements in arrays if not np.isfinite(elements).all()), None)
+        return next((index for index, array in arrays if not convert.finite(array)), None)
 
     def check(self, claimed: Sequence[bytes], load: Callable[[int, int], bytes], pool: Pool) -> bool:
         """Whether the bytes that `load(offset, length)` gives have the claimed leaf digests."""
@@ -150,15 +153,17 @@ class Work:
 
     # -- the pieces of both --------------------------------------------------------------------------
 
-    def _widened(self, raw: Sequence[tuple[NDArray[Any], str]], low: int, high: int) -> tuple[Array, ...]:
-        """Every operand from element `low` of what was read to `high`, as float32."""
+    def _computable(self, raw: Sequence[NDArray[Any]], low: int, high: int) -> tuple[Stored, ...]:
+        """Every operand from element `low` of what was read to `high`: as stored if all are bfloat16."""
+        if self._patterns:
+            return tuple(data[low:high] for data in raw)
         arrays = []
-        for index, (data, dtype) in enumerate(raw):
+        for index, (data, (_, _, dtype)) in enumerate(zip(raw, self._operands, strict=True)):
             out = scratch(f"float32 {self._depth}.{index}", high - low, np.float32)
             arrays.append(convert.widen(data[low:high], dtype, out))
         return tuple(arrays)
 
-    def _apply(self, arrays: tuple[Array, ...], start: int, traced: Traced) -> Array:
+    def _apply(self, arrays: tuple[Stored, ...], start: int, traced: Traced) -> Array:
         """The output for a block that begins at element `start` of the tensor, as float32."""
         chunk = Chunk(arrays=arrays, start=start, row=self._row, keys=self._keys)
         if self._operator.compiled is None:
@@ -176,8 +181,8 @@ class Work:
             return start, stop
         return start // self._row * self._row, -(-stop // self._row) * self._row
 
-    def _read(self, start: int, stop: int) -> list[tuple[NDArray[Any], str]]:
-        """Elements of every operand as they are stored, in memory of this thread, with their type."""
+    def _read(self, start: int, stop: int) -> list[NDArray[Any]]:
+        """Elements of every operand as they are stored, in memory of this thread."""
         found = []
         for index, (name, source, dtype) in enumerate(self._operands):
             size = dtypes.SIZES[dtype]
@@ -189,7 +194,7 @@ class Work:
             skip = begin - first * merkle.LEAF_SIZE
             if len(data) < skip + end - begin:
                 raise CorruptCheckpoint(f"{name}: {len(data)} bytes where {skip + end - begin} belong")
-            found.append((convert.elements(data[skip : skip + end - begin], dtype), dtype))
+            found.append(convert.elements(data[skip : skip + end - begin], dtype))
         return found
 
 

@@ -40,8 +40,12 @@ Traced: TypeAlias = Mapping[str, tuple[int, ...] | tuple[float, ...]]
 
 Array: TypeAlias = NDArray[np.float32]
 
+Stored: TypeAlias = NDArray[np.float32] | NDArray[np.uint16]
+"""Elements as kernels take them: float32, or the patterns of bfloat16, which `kernels.f32` widens."""
+
 T = TypeVar("T")
 
+_BLOCK = 1 << 15
 
 LIBM = 2.0**-22
 """The slack of a traced float32 that was computed with libm, whose last bits differ: two of its roundings."""
@@ -84,25 +88,40 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A run of elements of every operand: float32, one dimension, equal lengths, as numpy `arrays`.
+    """A run of elements of every operand: one dimension, equal lengths, one type, only to be read.
 
-    They are in plan order, the base first where the operator needs one, and only to be read. `start` is the
+    They are in plan order, the base first where the operator needs one: `tensors` for formulas, in float32,
+    and `arrays` for kernels, which widen what is stored as bfloat16 as they go. `start` is the
     index of the first element in the whole tensor. `row` is the length of a row: the last dimension of a
     matrix, all of a vector; an operator that declares `rows` gets whole rows. `keys` holds a 64 bit key for
     each expert of an operator that declares `chance`.
     """
 
-    arrays: tuple[Array, ...]
+    arrays: tuple[Stored, ...]
     start: int
     row: int
     keys: tuple[int, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def blocks(self) -> Iterator[Chunk]:
+        """The parts of a chunk, one after the other: what is made of one stays in the cache for a while."""
+        for at in range(0, len(self) or 1, _BLOCK):
+            arrays = tuple(array[at : at + _BLOCK] for array in self.arrays)
+            yield Chunk(arrays=arrays, start=self.start + at, row=self.row, keys=self.keys)
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The same elements as torch tensors, which share their memory."""
-        from torch import from_numpy  # here, so that a merge with compiled operators alone never loads it
+        """The elements as float32; they share the memory of arrays that are float32."""
+        import torch  # here, so that a merge with compiled operators alone never loads it
 
-        return tuple(map(from_numpy, self.arrays))
+        return tuple(
+            torch.from_numpy(array)
+            if array.dtype == np.float32
+            else torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(torch.float32)
+            for array in self.arrays
+        )
 
 
 class Stream(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge_core.operators import kernels
-from merge_core.operators.base import Array
+from merge_core.operators.base import Array, Stored
 
 _STORED: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
@@ -29,11 +29,18 @@ def widen(stored: NDArray[Any], dtype: str, out: Array) -> Array:
     if dtype == "F32":
         return stored
     if dtype == "BF16":
-        kernels.widen_bf16(stored, out.view(np.uint32))
+        kernels.widen(stored, out)
     else:
         with np.errstate(over="ignore"):
             np.copyto(out, stored, casting="same_kind")
     return out
+
+
+def finite(array: Stored) -> bool:
+    """Whether elements that kernels take are numbers, all of them."""
+    bits: NDArray[Any] = array if array.dtype == np.uint16 else array.view(np.uint32)
+    infinity = 0x7F80 if bits.itemsize == 2 else 0x7F800000
+    return not np.any(bits & infinity == infinity)
 
 
 def narrow(values: Array, dtype: str, out: NDArray[Any]) -> bool:

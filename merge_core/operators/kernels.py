@@ -1,8 +1,10 @@
 """The compiled steps of the formulas that many merges use: float32, one dimension, no fused multiply-add.
 
 Each is a plain loop, which the compiler turns into vector code; it may not contract or reorder anything, so
-the bits are those of the same steps in torch. The machine code is kept in numba's cache folder. Scalars
-arrive as float32 (`np.float32`), or numba would compute in float64.
+the bits are those of the same steps in torch. What a model stores is widened where it is used (`f32`), never
+in memory: arrays named `x` or `base` are float32 or bfloat16, and a variant is compiled for each. The machine
+code is kept in numba's cache folder. Scalars arrive as float32 (`np.float32`), or numba would compute in
+float64.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
 import numpy as np
+from numba.extending import overload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,17 +22,30 @@ if TYPE_CHECKING:
 
     def kernel(function: F) -> F: ...
 
+    def f32(stored: Any) -> Any:
+        """A stored element, float32 or the pattern of a bfloat16 (uint16), as float32; in kernels only."""
+
 else:
     kernel = numba.njit(nogil=True, cache=True)
+
+    def f32(stored):
+        raise NotImplementedError
+
+    @overload(f32, inline="always")
+    def _f32(stored):
+        if stored == numba.types.uint16:
+            return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+        return lambda stored: stored
+
 
 BLOCK = 4096
 
 
 @kernel
-def widen_bf16(stored: Any, out: Any) -> None:
-    """Bfloat16 (as uint16) to float32 (as uint32)."""
-    for i in range(stored.size):
-        out[i] = np.uint32(stored[i]) << np.uint32(16)
+def widen(x: Any, out: Any) -> None:
+    """Stored elements as float32."""
+    for i in range(out.size):
+        out[i] = f32(x[i])
 
 
 @kernel
@@ -58,31 +74,51 @@ def store_f32(bits: Any, out: Any) -> Any:
 
 
 @kernel
-def scale(x: Any, weight: Any, out: Any) -> None:
-    """out = x·w."""
-    for i in range(out.size):
-        out[i] = x[i] * weight
+def weighted_sum(arrays: Any, weights: Any, out: Any) -> None:
+    """out = Σ x·w over the `arrays`, from left to right, each a product and a sum."""
+    for start in range(0, out.size, BLOCK):
+        total = out[start : start + BLOCK]
+        x, weight = arrays[0][start:], weights[0]
+        for i in range(total.size):
+            total[i] = f32(x[i]) * weight
+        for k in range(1, len(arrays)):
+            x, weight = arrays[k][start:], weights[k]
+            for i in range(total.size):
+                total[i] = total[i] + f32(x[i]) * weight
 
 
 @kernel
-def add_scaled(x: Any, weight: Any, out: Any) -> None:
-    """out = out + x·w, a product and a sum."""
-    for i in range(out.size):
-        out[i] = out[i] + x[i] * weight
+def square_sum(x: Any) -> Any:
+    """Σx² in float64, of sums in float32 of at most 16 squares in 256 lanes."""
+    total, lanes = 0.0, np.empty(256, np.float32)
+    for start in range(0, x.size, BLOCK):
+        block = x[start : start + BLOCK]
+        lanes[:] = 0.0
+        whole = block.size // 256 * 256
+        for at in range(0, whole, 256):
+            part = block[at : at + 256]
+            for i in range(256):
+                value = f32(part[i])
+                lanes[i] = lanes[i] + value * value
+        for i in range(whole, block.size):
+            lanes[i - whole] = lanes[i - whole] + f32(block[i]) * f32(block[i])
+        for i in range(256):
+            total += np.float64(lanes[i])
+    return total
 
 
 @kernel
 def scale_delta(x: Any, base: Any, weight: Any, out: Any) -> None:
     """out = (x − base)·w."""
     for i in range(out.size):
-        out[i] = (x[i] - base[i]) * weight
+        out[i] = (f32(x[i]) - f32(base[i])) * weight
 
 
 @kernel
 def add_scaled_delta(x: Any, base: Any, weight: Any, out: Any) -> None:
     """out = out + (x − base)·w."""
     for i in range(out.size):
-        out[i] = out[i] + (x[i] - base[i]) * weight
+        out[i] = out[i] + (f32(x[i]) - f32(base[i])) * weight
 
 
 @kernel
@@ -96,7 +132,7 @@ def divide(out: Any, divisor: Any) -> None:
 def add_to_base(base: Any, weight: Any, out: Any) -> None:
     """out = base + out·w."""
     for i in range(out.size):
-        out[i] = base[i] + out[i] * weight
+        out[i] = f32(base[i]) + out[i] * weight
 
 
 @kernel
@@ -132,10 +168,17 @@ def agree(rows: Any, factors: Any, weights: Any, normalize: bool, out: Any) -> N
 
 
 @kernel
+def delta(x: Any, base: Any, out: Any) -> None:
+    """out = x − base."""
+    for i in range(out.size):
+        out[i] = f32(x[i]) - f32(base[i])
+
+
+@kernel
 def delta_magnitude(x: Any, base: Any, out: Any) -> None:
     """out = |x − base|."""
     for i in range(out.size):
-        out[i] = abs(x[i] - base[i])
+        out[i] = abs(f32(x[i]) - f32(base[i]))
 
 
 @kernel
@@ -178,15 +221,31 @@ def equal_to(bits: Any, pattern: Any) -> Any:
 @kernel
 def block_dots(x: Any, y: Any, out: Any) -> None:
     """The inner product of each block of 4096 elements in float64, folded by halves; the last one padded."""
-    terms = np.empty(BLOCK, np.float64)
+    eighth = BLOCK // 8
+    terms, padded_x, padded_y = (
+        np.empty(eighth, np.float64),
+        np.zeros(BLOCK, x.dtype),
+        np.zeros(BLOCK, y.dtype),
+    )
     for block in range(out.size):
         start = block * BLOCK
-        size = min(BLOCK, x.size - start)
-        for i in range(size):
-            terms[i] = np.float64(x[start + i]) * np.float64(y[start + i])
-        for i in range(size, BLOCK):
-            terms[i] = 0.0
-        half = BLOCK // 2
+        a, b = x[start : start + BLOCK], y[start : start + BLOCK]
+        if a.size < BLOCK:
+            padded_x[: a.size] = a
+            padded_y[: a.size] = b
+            a, b = padded_x, padded_y
+        for i in range(eighth):
+            # Three folds at once.
+            p0 = np.float64(f32(a[i])) * np.float64(f32(b[i]))
+            p1 = np.float64(f32(a[i + eighth])) * np.float64(f32(b[i + eighth]))
+            p2 = np.float64(f32(a[i + 2 * eighth])) * np.float64(f32(b[i + 2 * eighth]))
+            p3 = np.float64(f32(a[i + 3 * eighth])) * np.float64(f32(b[i + 3 * eighth]))
+            p4 = np.float64(f32(a[i + 4 * eighth])) * np.float64(f32(b[i + 4 * eighth]))
+            p5 = np.float64(f32(a[i + 5 * eighth])) * np.float64(f32(b[i + 5 * eighth]))
+            p6 = np.float64(f32(a[i + 6 * eighth])) * np.float64(f32(b[i + 6 * eighth]))
+            p7 = np.float64(f32(a[i + 7 * eighth])) * np.float64(f32(b[i + 7 * eighth]))
+            terms[i] = ((p0 + p4) + (p2 + p6)) + ((p1 + p5) + (p3 + p7))
+        half = eighth // 2
         while half:
             for i in range(half):
                 terms[i] = terms[i] + terms[half + i]
@@ -199,17 +258,17 @@ def swap_near(x: Any, base: Any, t: Any, least: Any, out: Any) -> None:
     """out = w·x + (1−w)·base, w = t over |base − x| but at least `least`, between 0 and 1."""
     zero, one = np.float32(0.0), np.float32(1.0)
     for i in range(out.size):
-        distance = abs(base[i] - x[i])
+        distance = abs(f32(base[i]) - f32(x[i]))
         weight = t / (least if distance < least else distance)
         weight = zero if weight < zero else (one if weight > one else weight)
-        out[i] = weight * x[i] + (one - weight) * base[i]
+        out[i] = weight * f32(x[i]) + (one - weight) * f32(base[i])
 
 
 @kernel
 def count_changed(x: Any, base: Any, epsilon: Any, count: Any) -> None:
     """count = count + 1 where |x − base| is not within `epsilon`."""
     for i in range(count.size):
-        within = abs(x[i] - base[i]) <= epsilon
+        within = abs(f32(x[i]) - f32(base[i])) <= epsilon
         count[i] = count[i] + (np.float32(0.0) if within else np.float32(1.0))
 
 
@@ -217,7 +276,7 @@ def count_changed(x: Any, base: Any, epsilon: Any, count: Any) -> None:
 def add_changed(x: Any, base: Any, epsilon: Any, count: Any, factor: Any, out: Any) -> None:
     """out = out + (x − base) where that is not within `epsilon`; times `factor` where `count` is 1."""
     for i in range(out.size):
-        delta = x[i] - base[i]
+        delta = f32(x[i]) - f32(base[i])
         kept = np.float32(0.0) if abs(delta) <= epsilon else delta
         out[i] = out[i] + (kept * factor if count[i] == 1 else kept)
 
@@ -226,14 +285,14 @@ def add_changed(x: Any, base: Any, epsilon: Any, count: Any, factor: Any, out: A
 def add_mean_to_base(base: Any, count: Any, out: Any) -> None:
     """out = base + out / count, where `count` is over 1."""
     for i in range(out.size):
-        out[i] = base[i] + out[i] / (count[i] if count[i] > 1 else np.float32(1.0))
+        out[i] = f32(base[i]) + out[i] / (count[i] if count[i] > 1 else np.float32(1.0))
 
 
 @kernel
 def add(x: Any, out: Any) -> None:
     """out = out + x."""
     for i in range(out.size):
-        out[i] = out[i] + x[i]
+        out[i] = out[i] + f32(x[i])
 
 
 @kernel
@@ -270,7 +329,7 @@ def keep_by_chance(
         philox(low, high, (start + at) // 4, draws[: (skip + size + 3) // 4 * 4])
         drawn, row, origin, target = draws[skip:], x[at:], base[at:], out[at:]
         for i in range(size):
-            target[i] = (row[i] - origin[i]) * (scale if drawn[i] < limit else dropped)
+            target[i] = (f32(row[i]) - f32(origin[i])) * (scale if drawn[i] < limit else dropped)
 
 
 @kernel
@@ -285,7 +344,7 @@ def rank_keys(x: Any, base: Any, width: int, out: Any) -> None:
         for at in range(0, width, BLOCK):
             size, start = min(BLOCK, width - at), row + at
             for i in range(size):
-                delta[i] = x[start + i] - base[start + i]
+                delta[i] = f32(x[start + i]) - f32(base[start + i])
             for i in range(size):
                 magnitude = min(bits[i] & np.uint32(0x7FFFFFFF), np.uint32(0x7F800001))
                 out[start + i] = np.uint64(magnitude) << np.uint64(32) | np.uint64(at + i)
@@ -310,7 +369,7 @@ def keep_by_rank(
             # A product, not a choice: nobody predicts a branch on chance.
             kept[at] = scales[rank] * np.float32(draws[skip + at] < limits[rank])
         for i in range(width):
-            out[row + i] = (x[row + i] - base[row + i]) * kept[i]
+            out[row + i] = (f32(x[row + i]) - f32(base[row + i])) * kept[i]
 
 
 @kernel
@@ -323,7 +382,7 @@ def keep_between(
     """
     dropped = np.float32(0.0) * scale
     for i in range(out.size):
-        delta = x[i] - base[i]
+        delta = f32(x[i]) - f32(base[i])
         magnitude = abs(delta)
         kept = (magnitude > level) | ((magnitude == level) & (i < ties))
         kept &= not ((magnitude > outlier) | ((magnitude == outlier) & (i < outlier_ties)))
@@ -365,5 +424,5 @@ def magnitude_sums(x: Any, width: int, out: Any) -> None:
     for run in range(out.size):
         total = 0.0
         for i in range(run * width, min((run + 1) * width, x.size)):
-            total += np.float64(abs(x[i]))
+            total += np.float64(abs(f32(x[i])))
         out[run] = total

@@ -25,6 +25,7 @@ from merge_core.operators.base import (
     number,
 )
 from merge_core.operators.ram import EPSILON, reinforced, reinforced_into
+from merge_core.operators.scratch import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,12 +33,17 @@ if TYPE_CHECKING:
 
 def _measure(stream: Stream, parameters: Parameters) -> Traced:
     """Count, for every expert, the changed elements that it shares and those that it does not."""
+    from merge_core.operators import kernels
+
     epsilon = np.float32(number(parameters, "epsilon"))
 
     def count(chunk: Chunk) -> NDArray[np.int64]:
         base, *experts = chunk.arrays
-        with np.errstate(invalid="ignore"):
-            changed = np.stack([~(np.abs(expert - base) <= epsilon) for expert in experts])
+        distance = scratch("magnitudes", len(chunk), np.float32)
+        changed = np.empty((len(experts), len(chunk)), bool)
+        for expert, differs in zip(experts, changed, strict=True):
+            kernels.delta_magnitude(expert, base, distance)
+            np.logical_not(distance <= epsilon, out=differs)
         among = changed.sum(axis=0)
         return np.stack([(changed & (among > 1)).sum(axis=1), (changed & (among == 1)).sum(axis=1)])
 

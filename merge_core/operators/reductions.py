@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations_with_replacement
+from itertools import chain, combinations_with_replacement
 
 import numpy as np
 
 from merge_core.errors import Unmergeable
 from merge_core.operators import kernels
-from merge_core.operators.base import Array, Chunk, Stream
+from merge_core.operators.base import Chunk, Stored, Stream
+from merge_core.operators.scratch import scratch
 
 BLOCK = kernels.BLOCK
 
 
-def block_dots(x: Array, y: Array) -> list[float]:
+def block_dots(x: Stored, y: Stored) -> list[float]:
     """⟨x, y⟩ of each block of 4096 elements, the last one counted as padded with zeros."""
     sums = np.empty(-(-len(x) // BLOCK), np.float64)
     kernels.block_dots(x, y, sums)
@@ -34,8 +35,11 @@ def gram(stream: Stream, *, deltas: bool = False) -> list[list[float]]:
     """
 
     def products(chunk: Chunk) -> list[list[float]]:
-        vectors = _deltas(chunk) if deltas else chunk.arrays
-        return [block_dots(x, y) for x, y in combinations_with_replacement(vectors, 2)]
+        parts = []
+        for block in chunk.blocks():
+            vectors = _deltas(block) if deltas else block.arrays
+            parts.append([block_dots(x, y) for x, y in combinations_with_replacement(vectors, 2)])
+        return [list(chain(*pair)) for pair in zip(*parts, strict=True)]
 
     return _square(totals(stream, products))
 
@@ -64,9 +68,12 @@ def require_finite(sums: Iterable[float]) -> None:
         )
 
 
-def _deltas(chunk: Chunk) -> tuple[Array, ...]:
+def _deltas(chunk: Chunk) -> tuple[Stored, ...]:
     base, *experts = chunk.arrays
-    return tuple(expert - base for expert in experts)
+    rows = tuple(scratch(f"delta {index}", len(chunk), np.float32) for index in range(len(experts)))
+    for expert, row in zip(experts, rows, strict=True):
+        kernels.delta(expert, base, row)
+    return rows
 
 
 def _square(upper: Sequence[float]) -> list[list[float]]:

@@ -31,7 +31,7 @@ from merge_core.operators.base import (
 )
 from merge_core.operators.consensus import agreeing, agreeing_into
 from merge_core.operators.scratch import scratch
-from merge_core.operators.trimming import NOTHING, Cut, blocks, cut_at, cuts, taken, trace_cuts, uppers
+from merge_core.operators.trimming import NOTHING, Cut, cut_at, cuts, taken, trace_cuts, uppers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,11 +48,12 @@ def spread(deltas: Sequence[Tensor]) -> Tensor:
 
 
 def _deltas(chunk: Chunk) -> NDArray[np.float32]:
+    from merge_core.operators import kernels
+
     base, *experts = chunk.arrays
     rows = scratch("task vectors", len(experts) * len(base), np.float32).reshape(len(experts), -1)
-    with np.errstate(all="ignore"):
-        for expert, row in zip(experts, rows, strict=True):
-            np.subtract(expert, base, out=row)
+    for expert, row in zip(experts, rows, strict=True):
+        kernels.delta(expert, base, row)
     return rows
 
 
@@ -101,7 +102,7 @@ def _weights(stream: Stream, parameters: Parameters, cut: Cut) -> tuple[float, .
 
     def squares(chunk: Chunk) -> list[list[float]]:
         sums: list[list[float]] = [[] for _ in chunk.arrays[1:]]
-        for block in blocks(chunk):
+        for block in chunk.blocks():
             for expert, row in enumerate(_selected(block, parameters, cut)):
                 sums[expert] += block_dots(row, row)
         return sums

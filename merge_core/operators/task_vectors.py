@@ -25,6 +25,7 @@ from merge_core.operators.base import (
     Operator,
     Parameter,
     Parameters,
+    Stored,
     Stream,
     Traced,
     each,
@@ -62,7 +63,7 @@ class TaskVector:
         return self.chunk.tensors[1 + self.expert] - self.chunk.tensors[0]
 
     @property
-    def operands(self) -> tuple[Array, Array]:
+    def operands(self) -> tuple[Stored, Stored]:
         """Wᵢ and W₀."""
         return self.chunk.arrays[1 + self.expert], self.chunk.arrays[0]
 
@@ -190,7 +191,7 @@ def _norm_factors(
 
     def sums(chunk: Chunk) -> tuple[int, NDArray[Any]]:
         # Chunks of whole rows overlap, so that rows are what is summed, and known by their number.
-        unit, length = chunk.row if thinning.rows else kernels.BLOCK, len(chunk.arrays[0])
+        unit, length = chunk.row if thinning.rows else kernels.BLOCK, len(chunk)
         found = np.empty((2 * experts, -(-length // unit)), np.float64)
         values = scratch("task vectors", length, np.float32)
         for vector in _vectors(chunk, alone, traced):

@@ -3,12 +3,14 @@
     result = trial(MEDIAN, [a, b, c], {})
 
 `trial` measures and computes as the engine does, chunk by chunk. It asserts that the Trace has the declared
-shape, that no more passes were read than declared, and that a compiled kernel gives the bits of its formula.
+shape, that no more passes were read than declared, and that a compiled kernel gives the bits of its formula,
+on float32 and on the same arrays cut to bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -94,13 +96,20 @@ def computed(stream: Held, parameters: Parameters, traced: Traced) -> Array:
     operator, result = stream.operator, np.full(stream.length, np.float32(7.0))
     for start, stop in stream.spans():
         chunk = stream.at(start, stop)
-        formula = operator.apply(chunk, parameters, traced).contiguous().numpy()
-        if operator.compiled is not None:
-            out = np.full(stop - start, np.float32(8.0))
-            operator.compiled(chunk, parameters, traced, out)
-            assert same_bits(out, formula), f"the kernel of {operator.name} is not its formula"
-        result[start:stop] = formula
+        result[start:stop] = _applied(operator, chunk, parameters, traced)
+        patterns = tuple((array.view(np.uint32) >> np.uint32(16)).astype(np.uint16) for array in chunk.arrays)
+        _applied(operator, replace(chunk, arrays=patterns), parameters, traced)
     return result
+
+
+def _applied(operator: Operator, chunk: Chunk, parameters: Parameters, traced: Traced) -> Array:
+    """The formula; raises AssertionError where the kernel, if there is one, gives other bits."""
+    formula: Array = operator.apply(chunk, parameters, traced).contiguous().numpy()
+    if operator.compiled is not None:
+        out = np.full(len(chunk), np.float32(8.0))
+        operator.compiled(chunk, parameters, traced, out)
+        assert same_bits(out, formula), f"the kernel of {operator.name} is not its formula"
+    return formula
 
 
 def same_bits(a: Array, b: Array) -> bool:

@@ -7,7 +7,7 @@ tie at the threshold the lowest indices are taken. What comes out is a Cut: two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,6 @@ Magnitudes = Callable[[Chunk], Array]
 _Counts = NDArray[Any]
 _BINS = 1 << 15
 """The patterns of the upper 16 bits of what has no sign."""
-_BLOCK = 1 << 15
 _INFINITY = 0x7F800000
 
 
@@ -43,7 +42,7 @@ class Cut(NamedTuple):
         """
         if not 0 <= self.threshold < 1 << 31:
             raise CorruptCheckpoint(f"{self.threshold} in the trace is not the bits of a magnitude")
-        ties = min(max(self.last + 1 - chunk.start, 0), len(chunk.arrays[0]))
+        ties = min(max(self.last + 1 - chunk.start, 0), len(chunk))
         return np.uint32(self.threshold).view(np.float32), ties
 
 
@@ -79,18 +78,11 @@ def delta_magnitudes(expert: int) -> Magnitudes:
     from merge_core.operators import kernels
 
     def of(chunk: Chunk) -> Array:
-        out = scratch("magnitudes", len(chunk.arrays[0]), np.float32)
+        out = scratch("magnitudes", len(chunk), np.float32)
         kernels.delta_magnitude(chunk.arrays[1 + expert], chunk.arrays[0], out)
         return out
 
     return of
-
-
-def blocks(chunk: Chunk) -> Iterator[Chunk]:
-    """The parts of a chunk, one after the other, whose float32 values stay in the cache between two steps."""
-    for at in range(0, len(chunk.arrays[0]), _BLOCK):
-        arrays = tuple(array[at : at + _BLOCK] for array in chunk.arrays)
-        yield Chunk(arrays=arrays, start=chunk.start + at, row=chunk.row, keys=chunk.keys)
 
 
 class Uppers(NamedTuple):
@@ -108,7 +100,7 @@ def uppers(stream: Stream, compared: Iterable[Magnitudes]) -> dict[Magnitudes, U
 
     def count(chunk: Chunk) -> dict[Magnitudes, Uppers]:
         found = {magnitudes: Uppers(np.zeros(_BINS, np.int32), 0) for magnitudes in totals}
-        for block in blocks(chunk):
+        for block in chunk.blocks():
             for magnitudes, (counts, zeros) in found.items():
                 more = kernels.count_upper(magnitudes(block).view(np.uint32), counts)
                 found[magnitudes] = Uppers(counts, zeros + more)
@@ -162,7 +154,7 @@ def _lowers(stream: Stream, sought: Mapping[int, Magnitudes], bins: Mapping[int,
 
     def count(chunk: Chunk) -> dict[int, _Counts]:
         found = {at: np.zeros(1 << 16, np.int32) for at in sought}
-        for block in blocks(chunk):
+        for block in chunk.blocks():
             for magnitudes in dict.fromkeys(sought.values()):
                 bits = magnitudes(block).view(np.uint32)
                 for at in (at for at, same in sought.items() if same is magnitudes):
@@ -192,7 +184,7 @@ def _locate(
 
     def at_threshold(chunk: Chunk) -> dict[int, NDArray[np.int64]]:
         hits: dict[int, list[NDArray[np.int64]]] = {at: [] for at in thresholds}
-        for block in blocks(chunk):
+        for block in chunk.blocks():
             for at, bits in thresholds.items():
                 equal = kernels.equal_to(sought[at](block).view(np.uint32), np.uint32(bits))
                 hits[at].append(equal + block.start)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from merge_core.operators.base import Array, Chunk, Parameters, Traced, single
+from merge_core.operators.base import Array, Chunk, Parameters, Stored, Traced, single
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,20 +20,19 @@ def weighted_sum(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Ten
     return total
 
 
-def weighted_sum_into(arrays: tuple[Array, ...], weights: tuple[float, ...], out: Array) -> None:
+def weighted_sum_into(arrays: tuple[Stored, ...], weights: tuple[float, ...], out: Array) -> None:
     """`weighted_sum`, compiled."""
     from merge_core.operators import kernels
 
-    kernels.scale(arrays[0], np.float32(weights[0]), out)
-    for array, weight in zip(arrays[1:], weights[1:], strict=True):
-        kernels.add_scaled(array, np.float32(weight), out)
+    kernels.weighted_sum(arrays, np.array(weights, np.float32), out)
 
 
 def divide_by(divisor: float, out: Array) -> None:
     """Divide by a float32 in place, compiled."""
     from merge_core.operators import kernels
 
-    kernels.divide(out, np.float32(divisor))
+    if divisor != 1.0:
+        kernels.divide(out, np.float32(divisor))
 
 
 def sum_of(weights: tuple[float, ...]) -> float:
