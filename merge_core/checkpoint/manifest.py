@@ -150,6 +150,11 @@ class Manifest:
         return manifest
 
 
+def files_of(data: bytes) -> tuple[FileRecord, ...]:
+    """The functional files of a manifest whose digest is known to be a ModelId; its tensors are not read."""
+    return tuple(_file(item) for item in parse_bounded(data, max_values=_MAX_VALUES)["files"])
+
+
 class LeafTable:
     """The leaf digests of every tensor of one manifest, in leaf order.
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from merge_core.checkpoint import merkle, published
 from merge_core.checkpoint.header import PREFIX, Header, Span, header_length, parse_header
@@ -42,8 +42,7 @@ _BATCH_LEAVES = 16
 _HINT = "fetch or export the checkpoint again, then: weft add DIR"
 
 
-@dataclass(frozen=True, slots=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """What identifies the contents of an open weight file without reading it; times in nanoseconds.
 
     `mtime_ns` can be set by anybody; `changed_ns` (ctime) cannot, and moves whenever a byte does.
@@ -252,17 +251,21 @@ def measure(
     return Measured(manifest=manifest, leaves=LeafTable(leaves))
 
 
+class Leaves(Protocol):
+    """The leaf digests of tensors, in leaf order: a LeafTable, or what reads one when it is asked."""
+
+    def __getitem__(self, tensor: str) -> Sequence[bytes]: ...
+
+
 class VerifiedSource:
     """A checkpoint on disk as a TensorSource: no byte comes out that its leaf digest does not vouch for.
 
     A leaf is hashed when it is first read, and again only if its file was written to since: an operator that
     measures before it computes reads everything several times. A file that is as it was when the leaf table
-    was made of it, by its stamp, is not hashed again at all.
+    was made of it, by its stamp, is not hashed again at all, nor is the table asked.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, leaves: LeafTable, *, hashed: Collection[FileStamp] = ()
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, leaves: Leaves, *, hashed: Collection[FileStamp] = ()) -> None:
         """Read from an open checkpoint, which the caller closes; `hashed` are files that the leaves are of.
 
         Raises CorruptCheckpoint where the leaf table was made for other tensors.
@@ -271,14 +274,10 @@ class VerifiedSource:
         self._leaves = leaves
         self._local = threading.local()
         self._hashed = frozenset(hashed)
-        self._verified: dict[str, dict[int, FileStamp]] = {name: {} for name in checkpoint.tensors}
-        for name, info in checkpoint.tensors.items():
-            try:
-                found = len(leaves[name])
-            except KeyError:
-                found = 0
-            if found != merkle.leaf_count(info.length):
-                raise CorruptCheckpoint(f"the leaf table does not belong to tensor {name}", hint=_HINT)
+        self._verified: dict[str, dict[int, FileStamp]] = {}
+        if not self._hashed.issuperset(checkpoint.stamps.values()):
+            for name in checkpoint.tensors:
+                self._expected(name)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -290,20 +289,20 @@ class VerifiedSource:
 
         Raises KeyError on an unknown tensor, ValueError outside of it, CorruptCheckpoint on a wrong leaf.
         """
-        expected = self._leaves[tensor]
-        if first_leaf < 0 or count < 1 or first_leaf + count > len(expected):
-            raise ValueError(
-                f"leaves {first_leaf} to {first_leaf + count} of {tensor}, which has {len(expected)}"
-            )
+        whole = self._checkpoint.tensors[tensor].length
+        leaves = merkle.leaf_count(whole)
+        if first_leaf < 0 or count < 1 or first_leaf + count > leaves:
+            raise ValueError(f"leaves {first_leaf} to {first_leaf + count} of {tensor}, which has {leaves}")
         begin = first_leaf * merkle.LEAF_SIZE
-        length = min(count * merkle.LEAF_SIZE, self._checkpoint.tensors[tensor].length - begin)
+        length = min(count * merkle.LEAF_SIZE, whole - begin)
         # Before the bytes: whoever writes after this shows at the next read.
-        verified, stamp = self._verified[tensor], self._checkpoint.stamp(tensor)
+        stamp = self._checkpoint.stamp(tensor)
         view = self._checkpoint.read_bytes(
             tensor, begin, length, into=self._buffer(length) if into is None else into
         )
         if stamp in self._hashed:
             return view
+        expected, verified = self._expected(tensor), self._verified.setdefault(tensor, {})
         for i in range(first_leaf, first_leaf + count):
             if verified.get(i) == stamp:
                 continue
@@ -315,6 +314,16 @@ class VerifiedSource:
                 )
             verified[i] = stamp
         return view
+
+    def _expected(self, tensor: str) -> Sequence[bytes]:
+        """The digests that a tensor has; raises CorruptCheckpoint where the leaf table says none for it."""
+        try:
+            expected = self._leaves[tensor]
+        except KeyError:
+            expected = ()
+        if len(expected) != merkle.leaf_count(self._checkpoint.tensors[tensor].length):
+            raise CorruptCheckpoint(f"the leaf table does not belong to tensor {tensor}", hint=_HINT)
+        return expected
 
     def _buffer(self, length: int) -> memoryview:
         buffer: memoryview | None = getattr(self._local, "buffer", None)

@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import astuple
 from pathlib import Path
 
 from merge_core import files
@@ -74,7 +73,7 @@ class HashCache:
 
     def _path(self, checkpoint: Checkpoint) -> Path:
         assert self._folder is not None
-        stamps = [[name, *map(str, astuple(stamp))] for name, stamp in sorted(checkpoint.stamps.items())]
+        stamps = [[name, *map(str, stamp)] for name, stamp in sorted(checkpoint.stamps.items())]
         return self._folder / sha256(canonical([os.fsdecode(checkpoint.path.absolute()), stamps])).hex
 
     def _drop_oldest(self) -> None:

@@ -493,4 +493,4 @@ def _abandoned(path: Path) -> bool:
 
 def _but_for_links(stamps: Mapping[str, FileStamp]) -> dict[str, FileStamp]:
     """Stamps without the time of the last change, which another hardlink moves too."""
-    return {name: replace(stamp, changed_ns=0) for name, stamp in stamps.items()}
+    return {name: stamp._replace(changed_ns=0) for name, stamp in stamps.items()}

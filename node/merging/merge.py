@@ -17,7 +17,7 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -124,17 +124,19 @@ class Merging:
             )
         attempt.reach("plan", planned.plan.digest)
         threads = how.fitting(planned.plan, tuple(parent.header for parent in planned.parents))
-        if not _is_there(target, planned.plan):
+        if _is_there(target, planned.plan):
+            manifest = Manifest.parse((target / MANIFEST_FILE).read_bytes())
+        else:
             obtained = await self._parents.obtain(planned.parents, planned.plan, Purpose.MERGE, attempt)
             planned = replace(planned, parents=tuple(obtained.settle(p) for p in planned.parents))
             try:
                 planned.inherited.refuse()  # a signed card may say what an advert did not
-                await self._execute(attempt, planned, obtained, target, replace(how, threads=threads))
+                fitting = replace(how, threads=threads)
+                manifest = await self._execute(attempt, planned, obtained, target, fitting)
             except MergeCoreError as error:
                 await asyncio.to_thread(discard, target)  # trying again would end the same way
                 _call_by_reference(error, planned.parents)
                 raise
-        manifest = Manifest.parse((target / MANIFEST_FILE).read_bytes())
         await asyncio.to_thread(shutil.rmtree, work_folder(target), ignore_errors=True)
         self._remember(planned, manifest.model_id, target)
         if self._publish and attempt.request.get("publish_as"):
@@ -159,7 +161,8 @@ class Merging:
 
     async def _execute(
         self, attempt: Attempt, planned: Planned, obtained: Obtained, target: Path, how: How
-    ) -> None:
+    ) -> Manifest:
+        """Have the weights made, and put all together; the manifest of the result."""
         attempt.enter(JobState.MERGING)
         work = work_folder(target)
         inputs = [obtained.parents[model_id] for model_id in planned.plan.inputs]
@@ -182,6 +185,7 @@ class Merging:
             found,
         )
         await asyncio.to_thread(self._finish, target, merged, files)
+        return merged.manifest
 
     def _finish(self, target: Path, merged: Merge, files: Mapping[str, bytes]) -> None:
         """Add what belongs beside the weights, sign and rename; up to the rename it can be done again."""
@@ -296,7 +300,7 @@ def _request(work: Path, inputs: Sequence[OnDisk], target: Path) -> dict[str, An
     return {
         "plan": str(work / "plan.json"),
         "inputs": [
-            {**worker_input(work, position, parent), "hashed": [astuple(stamp) for stamp in parent.hashed]}
+            {**worker_input(work, position, parent), "hashed": parent.hashed}
             for position, parent in enumerate(inputs)
         ],
         "target": str(target),
