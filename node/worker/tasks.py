@@ -22,16 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_core import files
-from merge_core.checkpoint import merkle
-from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
+from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest, files_of
 from merge_core.checkpoint.published import read_bounded
-from merge_core.checkpoint.reader import Checkpoint, FileStamp, VerifiedSource, read_functional
-from merge_core.digest import sha256
+from merge_core.checkpoint.reader import Checkpoint, FileStamp, VerifiedSource, read_recorded
+from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.memory import THREADS
 from merge_core.plan import MAX_PLAN, MergePlan
@@ -83,8 +82,10 @@ def fingerprint(request: Request, emit: Emit) -> Result:
     """Sketch a measured checkpoint, every leaf hashed again as it is read, into the file `output`."""
     from merge_core.simmerge import compute
 
-    with _opened(request["input"]) as (manifest, source):
-        sketch = compute(source, manifest.model_id, on_progress=_counter(emit, "sketch", manifest.size))
+    claims = _Claims(request["input"])
+    with _opened(request["input"], claims) as source:
+        total = claims.manifest.size
+        sketch = compute(source, claims.model_id, on_progress=_counter(emit, "sketch", total))
     data = sketch.to_bytes()
     files.replace(Path(request["output"]), data)
     return {"digest": sketch.digest, "size": len(data)}
@@ -154,14 +155,14 @@ def audit(request: Request, emit: Emit) -> Result:
 
     plan = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN))
     trace = Trace.parse(plan, read_bounded(Path(request["trace"]), MAX_TRACE))
-    manifest, leaves = _claims(request)
+    claims = _Claims(request)
     with _inputs(plan, request["inputs"]) as inputs:
         report = execute.audit(
             plan,
             trace,
             inputs,
-            manifest,
-            leaves,
+            claims.manifest,
+            claims.leaves,
             on_progress=_counter(emit, "audit", plan.output_bytes),
         )
     return {
@@ -173,6 +174,33 @@ def audit(request: Request, emit: Emit) -> Result:
     }
 
 
+class _Claims:
+    """A manifest and a leaf table, parsed when they are asked: files that are as they were need neither.
+
+    Raises CorruptCheckpoint then, where they are not exact or do not belong together.
+    """
+
+    def __init__(self, described: Request) -> None:
+        self.data = read_bounded(Path(described["manifest"]), MAX_MANIFEST)
+        self.model_id = ModelId(sha256(self.data))
+        self._leaves = Path(described["leaves"])
+
+    def __getitem__(self, tensor: str) -> Sequence[bytes]:
+        return self.leaves[tensor]
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return Manifest.parse(self.data)
+
+    @cached_property
+    def leaves(self) -> LeafTable:
+        return LeafTable.parse(self.manifest, read_bounded(self._leaves, LeafTable.size(self.manifest)))
+
+    def files(self, directory: Path) -> dict[str, bytes]:
+        """The functional files, once it is known that the manifest is the one that a plan names."""
+        return read_recorded(directory, files_of(self.data))
+
+
 @contextmanager
 def _inputs(plan: MergePlan, described: Sequence[Request]) -> Iterator[list[Material]]:
     """The plan's inputs; raises CorruptCheckpoint where one, or a file of it, is not what the plan names."""
@@ -181,29 +209,22 @@ def _inputs(plan: MergePlan, described: Sequence[Request]) -> Iterator[list[Mate
     if len(described) != len(plan.inputs):
         raise CorruptCheckpoint(f"{len(described)} inputs for a plan of {len(plan.inputs)}")
     with ExitStack() as stack:
-        opened = [stack.enter_context(_opened(item)) for item in described]
-        for wanted, (manifest, _) in zip(plan.inputs, opened, strict=True):
-            if manifest.model_id != wanted:
-                raise CorruptCheckpoint(f"the plan names {wanted}; its input is {manifest.model_id}")
-        yield [
-            Material(tensors=source, files=partial(read_functional, Path(item["directory"]), manifest))
-            for item, (manifest, source) in zip(described, opened, strict=True)
-        ]
+        materials = []
+        for wanted, item in zip(plan.inputs, described, strict=True):
+            claims = _Claims(item)
+            if claims.model_id != wanted:
+                raise CorruptCheckpoint(f"the plan names {wanted}; its input is {claims.model_id}")
+            source = stack.enter_context(_opened(item, claims))
+            materials.append(Material(tensors=source, files=partial(claims.files, Path(item["directory"]))))
+        yield materials
 
 
 @contextmanager
-def _opened(described: Request) -> Iterator[tuple[Manifest, VerifiedSource]]:
-    """An input's manifest and its verified bytes; raises CorruptCheckpoint where they do not fit."""
-    manifest, leaves = _claims(described)
+def _opened(described: Request, claims: _Claims) -> Iterator[VerifiedSource]:
+    """An input's verified bytes; raises CorruptCheckpoint where they do not fit the claims."""
     with Checkpoint.open(Path(described["directory"])) as checkpoint:
         hashed = [FileStamp(*stamp) for stamp in described.get("hashed", ())]
-        yield manifest, VerifiedSource(checkpoint, leaves, hashed=hashed)
-
-
-def _claims(described: Request) -> tuple[Manifest, LeafTable]:
-    manifest = Manifest.parse(read_bounded(Path(described["manifest"]), MAX_MANIFEST))
-    size = merkle.DIGEST_SIZE * sum(tensor.leaf_count for tensor in manifest.tensors)
-    return manifest, LeafTable.parse(manifest, read_bounded(Path(described["leaves"]), size))
+        yield VerifiedSource(checkpoint, claims, hashed=hashed)
 
 
 def _counter(emit: Emit, what: str, total: int) -> Callable[[int], None]:
