@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from node.domain.ticket import Ticket
     from node.jobs.runner import JobView
     from node.merging.check import Checked
+    from node.merging.evolve import Search
     from node.merging.how import How
     from node.merging.known import KnownPlaces
     from node.merging.parents import LocalParents
@@ -305,6 +306,56 @@ def merge_here(
             merging, recipe, directory.absolute(), how=how, resume=resume, clock=time.time, on_view=on_view
         )
     )
+
+
+def evolve_here(
+    home: Home,
+    recipe: Recipe,
+    directory: Path,
+    search: Search,
+    *,
+    resume: bool,
+    on_event: Callable[[dict[str, Any]], None],
+    on_view: Callable[[JobView], None],
+) -> dict[str, Any]:
+    """Search for coefficients of models that all lie here, and merge by them; Ctrl-C settles for the best."""
+    from merge_core import recipe as recipes
+    from node.merging import evolve, local
+    from node.merging.merge import Merging
+
+    merging = Merging(local_parents(home), identity_if_any(home), clock=time.time, known=known_places(home))
+    target = directory.absolute()
+    told: list[dict[str, Any]] = []
+
+    def tell(event: dict[str, Any]) -> None:
+        told.append(event)
+        on_event(event)
+
+    def seek(*, resume: bool, stop: bool = False) -> dict[str, Any]:
+        return asyncio.run(
+            evolve.seek(merging, recipe, target, search, resume=resume, stop=stop, on_event=tell)
+        )
+
+    try:
+        found = seek(resume=resume)
+    except KeyboardInterrupt:
+        if not any(event["kind"] == "generation" for event in told):
+            raise
+        on_event({"kind": "stopping"})
+        found = seek(resume=True, stop=True)
+    made = asyncio.run(
+        local.merge(
+            merging,
+            recipes.parse(found["recipe"]),
+            target,
+            search=found["record"],
+            resume=resume,
+            clock=time.time,
+            on_view=on_view,
+        )
+    )
+    evolve.discard(target)
+    return made | {"search": found}
 
 
 def verify(

@@ -34,6 +34,7 @@ MANIFEST_FILE = "weft.manifest.json"
 PLAN_FILE = "weft.plan.json"
 PUBLISHER_FILE = "weft.publisher.json"
 REPORT_FILE = "weft.report.json"
+SEARCH_FILE = "weft.search.json"
 TRACE_FILE = "weft.trace.json"
 RECORD_FILES = (
     RECIPE_FILE,
@@ -44,6 +45,7 @@ RECORD_FILES = (
     PLAN_FILE,
     PUBLISHER_FILE,
     REPORT_FILE,
+    SEARCH_FILE,
     TRACE_FILE,
 )
 """The files that publishing or merging adds."""

@@ -49,6 +49,7 @@ class Evaluator:
         models: Mapping[str, Model],
         tasks: Sequence[Task],
         *,
+        reported: Sequence[Task] = (),
         seed: int,
         device: str = "cpu",
     ) -> None:
@@ -60,13 +61,17 @@ class Evaluator:
         self._live = LiveModel(load_model(donor).to(device))
         self._tokenizer = load_tokenizer(donor)
         self._device = device
-        self._check(tasks)
+        self._reported = list(reported)
+        self._check([*tasks, *reported])
         # The portions are made once: the same items are asked hundreds of times.
         self._portions = cache(lambda share: [portion(task, share, seed) for task in tasks])
 
-    def read(self, question: Question) -> Readings:
-        """How a candidate, or a model of the recipe as it is, does at its share of each task."""
-        tasks: list[Task] = self._portions(question.share)
+    def read(self, question: Question, *, reported: bool = False) -> Readings:
+        """How a candidate, or a model of the recipe as it is, does at its share of each task.
+
+        With `reported` at all items of the tasks that are only reported.
+        """
+        tasks: list[Task] = self._reported if reported else self._portions(question.share)
         if not self.prepare(question):
             return tuple(BROKEN for _ in tasks)
         return tuple(self._score(task) for task in tasks)

@@ -1,4 +1,4 @@
-"""SearchRecord: what a result says of the search that found it, in `weft.search.json`.
+"""SearchRecord: what a result says of the search that found it (`SEARCH_FILE`).
 
 The merge itself follows from its plan, and an audit executes that. The record tells how the numbers of the
 recipe came to be: from which start, for which tasks, with which seed and budget. Whoever has the models and
@@ -18,7 +18,6 @@ from merge_core.evaluation.tasks import MAX_NAME, Metric, Task
 from merge_core.evolution.fitness import Reading
 from merge_core.evolution.genome import Shape
 
-SEARCH_FILE = "weft.search.json"
 MAX_RECORD = 4 << 20
 MAX_TASKS = 256
 

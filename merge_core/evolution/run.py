@@ -83,14 +83,17 @@ class Evolution:
         self._ranked: list[tuple[float, Values]] = []
         self._done = 0
 
-    def generations(self) -> Iterator[Generation]:
-        """Every generation of the budget, evaluated and told."""
+    def generations(self, *, known_only: bool = False) -> Iterator[Generation]:
+        """Every generation of the budget, evaluated and told; `known_only` ends with what the journal has."""
         for number in range(self.of):
             share = fitness.share_of(number, self.of)
-            yardsticks = self._yardsticks(share)
             asked = self._search.ask()
             settled = [self._genome.settled(values) for values in asked]
-            readings = self._ask([Question(share=share, values=values) for values in settled])
+            questions = [Question(share=share, values=values) for values in settled]
+            if known_only and not self._journal.readings.keys() >= {*questions, *self._as_references(share)}:
+                return
+            yardsticks = self._yardsticks(share)
+            readings = self._ask(questions)
             costs = [fitness.cost(reading, yardsticks) for reading in readings]
             self._search.tell(costs)
             self._done = number + 1
@@ -137,8 +140,11 @@ class Evolution:
 
     def _references(self, share: float) -> list[Readings]:
         """The readings of the base, where there is one, and of the start."""
+        return self._ask(self._as_references(share))
+
+    def _as_references(self, share: float) -> list[Question]:
         base = [] if self._base is None else [Question(share=share, model=self._base)]
-        return self._ask([*base, Question(share=share, values=self._genome.settled(self._genome.start))])
+        return [*base, Question(share=share, values=self._genome.settled(self._genome.start))]
 
     def _ask(self, questions: Sequence[Question]) -> list[Readings]:
         """Answers in the order of the questions; what the journal knows is not asked again."""

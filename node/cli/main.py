@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from node.cli import demo, local, merging, network
+from node.cli import demo, evolution, local, merging, network
 from node.cli.output import out
 
 EXIT_INTERRUPTED = 130
@@ -59,6 +59,7 @@ def every_verb(
 
 local.register(app)
 merging.register(app, MERGING)
+evolution.register(app, MERGING)
 network.register(app, MERGING)
 demo.register(app)
 
@@ -84,7 +85,8 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         return _explain(error)
     if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this code without a word
-        hint = "weft merge RECIPE -o DIR --resume" if "merge" in words else "weft jobs ls"
+        verb = next((verb for verb in ("merge", "evolve") if verb in words), None)
+        hint = f"weft {verb} RECIPE -o DIR --resume" if verb else "weft jobs ls"
         return _fail("interrupted", hint, EXIT_INTERRUPTED, "interrupted")
     return code if isinstance(code, int) else 0
 

@@ -32,17 +32,21 @@ async def merge(
     target: Path,
     *,
     how: How | None = None,
+    search: str = "",
     resume: bool,
     clock: Callable[[], float],
     on_view: Callable[[JobView], None],
 ) -> dict[str, Any]:
     """Merge into `target` and return the job's result; what was left by a killed run needs `resume`.
 
+    `search` is what the model records of the search that found its recipe.
+
     Ctrl-C and kill -9 leave what a resume needs, hidden beside the target; so does a worker that was killed.
     Any other error leaves nothing. Resuming what is finished gives its result again.
     """
     _check_place(target, resume=resume)
     request = {"recipe": recipe.to_yaml(), "directory": str(target)}
+    request |= {"search": search} if search else {}
     created = Created(kind=JobKind.MERGE, title=f"{recipe.methods} into {target.name}", request=request)
     with ExitStack() as stack:
         journal = stack.enter_context(closing(Journal.open(journal_path(target))))

@@ -29,6 +29,7 @@ from merge_core.checkpoint.published import (
     MANIFEST_FILE,
     PLAN_FILE,
     REPORT_FILE,
+    SEARCH_FILE,
     SIGNATURE_FILE,
     read_bounded,
 )
@@ -110,7 +111,7 @@ class Merging:
         return planned
 
     async def merge(self, attempt: Attempt, how: How | None = None) -> dict[str, Any]:
-        """Do the job {recipe, directory, publish_as} as `how` says, else as the request does.
+        """Do the job {recipe, directory, publish_as, search} as `how` says, else as the request does.
 
         The result is {model_id, directory, signed, licence, warnings, report}.
         """
@@ -184,6 +185,8 @@ class Merging:
             merged.manifest.model_id,
             found,
         )
+        if attempt.request.get("search"):
+            files[SEARCH_FILE] = attempt.request["search"].encode()
         await asyncio.to_thread(self._finish, target, merged, files)
         return merged.manifest
 

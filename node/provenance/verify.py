@@ -5,6 +5,7 @@
     signature    every file is as the publisher signed it, none added, none missing
     manifest     every tensor and functional file hashed again gives the ModelId
     provenance   for a merge: the builder's statement; subjects, plan, trace, recipe, agreements fit it
+    search       where the recipe was sought: the record is of the recipe that lies here
 
 A merge that nobody signed is a warning and no failure: its records are held against its bytes, and an audit
 can still execute it again. A signature of which a part is missing is one that is broken.
@@ -29,12 +30,14 @@ from merge_core.checkpoint.published import (
     PROVENANCE_FILE,
     PUBLISHER_FILE,
     RECIPE_FILE,
+    SEARCH_FILE,
     SIGNATURE_FILE,
     TRACE_FILE,
 )
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import MergeCoreError
+from merge_core.evolution.record import MAX_RECORD, SearchRecord
 from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.recipe import MAX_RECIPE
 from merge_core.resolve import tells_of
@@ -178,6 +181,8 @@ def _unsigned(ledger: _Ledger, checkpoint: Checkpoint, on_progress: Progress | N
     ledger.attempt("trace", lambda: _unsigned_trace(checkpoint, plan))
     if RECIPE_FILE in checkpoint.survey.records:
         ledger.attempt("recipe", lambda: _recipe(checkpoint, plan))
+    if SEARCH_FILE in checkpoint.survey.records:
+        ledger.attempt("search", lambda: _search(checkpoint))
     return ledger.report(manifest, None)
 
 
@@ -215,6 +220,19 @@ def _recipe(checkpoint: Checkpoint, plan: MergePlan | None) -> tuple[None, str]:
     if not tells_of(recipe, plan):
         raise VerificationFailed(f"{RECIPE_FILE} tells of another merge than the plan")
     return None, f"{RECIPE_FILE} names the operators and the parents of the plan"
+
+
+def _search(checkpoint: Checkpoint) -> tuple[None, str]:
+    """The search that is recorded found the recipe that lies here."""
+    path, survey = checkpoint.path, checkpoint.survey
+    record = SearchRecord.parse(read_record(path, survey, SEARCH_FILE, MAX_RECORD))
+    if sha256(read_record(path, survey, RECIPE_FILE, MAX_RECIPE)) != record.recipe:
+        raise VerificationFailed(f"{SEARCH_FILE} tells of a search that found another recipe")
+    names = ", ".join(task.name for task in record.tasks)
+    return (
+        None,
+        f"{record.evaluated} candidates tried for {names}, seed {record.seed}; the searcher's own word",
+    )
 
 
 def _operators(plan: MergePlan) -> str:
@@ -292,6 +310,8 @@ def _merge(
     ledger.attempt("trace", lambda: _trace(checkpoint, statement, plan))
     if RECIPE_FILE in checkpoint.survey.records:
         ledger.attempt("recipe", lambda: _recipe(checkpoint, plan))
+    if SEARCH_FILE in checkpoint.survey.records:
+        ledger.attempt("search", lambda: _search(checkpoint))
     ledger.attempt("agreements", lambda: _agreements(checkpoint, statement))
 
 

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         voice.flush()
 
     say({"event": {"kind": "started", "pid": os.getpid()}})
-    request = json.load(sys.stdin.buffer)
+    request = json.loads(sys.stdin.buffer.readline())
     try:
         from node.worker.tasks import TASKS  # after the parent check: this may take seconds
 

@@ -12,6 +12,8 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
     audit        {plan, trace, inputs, manifest, leaves}
                  -> {checked, failed: [[tensor, leaf]], failures, trace_ok, files_ok}
 
+    evolve, candidates     see `node.worker.evolution`
+
 An `input` is {directory, manifest, leaves, hashed?}: a checkpoint, the paths of its manifest and leaf table,
 and the stamps of files that these are of; `inputs` are in the plan's order. A merge leaves the weights in the
 partial folder of `target`, and manifest, leaf table and Trace in the folder `output`: whoever asked adds the
@@ -241,6 +243,20 @@ def _counter(emit: Emit, what: str, total: int) -> Callable[[int], None]:
     return count
 
 
+def evolve(request: Request, emit: Emit) -> Result:
+    """Search for the coefficients of a merge."""
+    from node.worker import evolution
+
+    return evolution.evolve(request, emit)
+
+
+def candidates(request: Request, emit: Emit) -> Result:
+    """Evaluate candidates of a search, one after the other."""
+    from node.worker import evolution
+
+    return evolution.candidates(request, emit)
+
+
 TASKS: dict[str, Callable[[Request, Emit], Result]] = {
     "zoo": zoo,
     "evaluate": evaluate,
@@ -248,4 +264,6 @@ TASKS: dict[str, Callable[[Request, Emit], Result]] = {
     "merge": merge,
     "perplexity": perplexity,
     "audit": audit,
+    "evolve": evolve,
+    "candidates": candidates,
 }

@@ -1,0 +1,130 @@
+"""A crew: children of a worker that evaluate candidates, each with one thread and one device.
+
+    worker -> child   the request, then {"question": {…}} lines, then end of file
+    child -> worker   {"event": {"kind": "ready"}}, {"event": {"kind": "answer", …}} for each, a last word
+
+They are workers themselves and die with the one that started them. What a child answers follows from the
+question alone, so it does not matter which child answers it, or when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from merge_core.evolution.fitness import Reading, Readings
+from merge_core.evolution.journal import Question
+from node.errors import LocalError
+from node.worker.messages import MAX_LINE, decode, encode, rebuild_error
+
+_LAST_WORDS = 4 << 10
+
+
+class Crew:
+    """A context manager; must be used by the thread that entered it, whose end is that of the children."""
+
+    def __init__(self, request: Mapping[str, Any], *, processes: int) -> None:
+        """Answer questions as the task `candidates` does for `request`, in so many processes."""
+        self._requests = [{**request, "rank": rank} for rank in range(processes)]
+        self._children: list[_Child] = []
+
+    def __enter__(self) -> Self:
+        try:
+            for request in self._requests:
+                self._children.append(_Child(request))
+            for child in self._children:
+                child.expect("ready")
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def ask(self, questions: Sequence[Question], *, reported: bool = False) -> Iterator[tuple[int, Readings]]:
+        """Answer all, in any order; `reported` about the tasks that are only reported.
+
+        Raises the error that a child ended in, LocalError where one died.
+        """
+        waiting = list(enumerate(questions))[::-1]
+        with selectors.DefaultSelector() as ready:
+            busy: dict[_Child, int] = {}
+            for child in self._children:
+                ready.register(child.voice, selectors.EVENT_READ, child)
+            while waiting or busy:
+                for child in self._children:
+                    if child not in busy and waiting:
+                        busy[child], question = waiting.pop()
+                        child.say({"question": question.to_value() | {"reported": reported}})
+                for key, _ in ready.select():
+                    answer = key.data.expect("answer")
+                    yield busy.pop(key.data), tuple(map(Reading.parse, answer["readings"]))
+
+    def _end(self) -> None:
+        for child in self._children:
+            child.end()
+        self._children.clear()
+
+
+class _Child:
+    """One process and its pipes."""
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        # Its stderr is the worker's: what a library has to say belongs there.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "node.worker", "candidates", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._ear: BinaryIO = self._process.stdin  # type: ignore[assignment]
+        self.voice: BinaryIO = self._process.stdout  # type: ignore[assignment]
+        self.say(dict(request))
+
+    def say(self, message: dict[str, Any]) -> None:
+        # A child that died says why elsewhere.
+        with contextlib.suppress(BrokenPipeError):
+            self._ear.write(encode(message))
+            self._ear.flush()
+
+    def expect(self, kind: str) -> dict[str, Any]:
+        """The next event of a kind; raises what the child ended in."""
+        while True:
+            line = self.voice.readline(MAX_LINE)
+            if not line.endswith(b"\n"):
+                raise LocalError(
+                    f"an evaluator ended with code {self._process.wait()}, maybe for want of memory",
+                    hint="weft evolve RECIPE --processes 1",
+                )
+            message = decode(line)
+            if "error" in message:
+                raise rebuild_error(message["error"])
+            event = message.get("event", {})
+            if event.get("kind") == kind:
+                found: dict[str, Any] = event
+                return found
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._ear.close()
+        self.voice.close()
+
+
+def questions(ear: BinaryIO) -> Iterator[tuple[Question, bool]]:
+    """The child's side: what it is asked until the pipe is closed, and whether that is about reports."""
+    while line := ear.readline(MAX_LINE):
+        value = json.loads(line)["question"]
+        yield Question.parse(value), bool(value["reported"])
