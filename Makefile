@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine conformance exactness clean
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-catalogue catalogue conformance exactness clean
 
 setup: $(READY)
 
@@ -44,6 +44,12 @@ bench-startup: setup
 
 bench-engine: setup
 	@$(BIN)/python tests/bench/engine.py
+
+bench-catalogue: setup
+	@$(BIN)/python tests/bench/catalogue.py
+
+catalogue: setup
+	@$(BIN)/python tests/bench/catalogue.py --build --seeds 0
 
 conformance: setup
 	@$(BIN)/python -m pytest -q -m "" tests/conformance

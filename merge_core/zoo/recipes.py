@@ -2,10 +2,11 @@
 
     RECIPES["demo"].experts["rev"].steps  ->  120
 
-demo     three character domains, one expert each, that merge well
-text     three text domains, measured in bits per byte
-skills   two experts of which each has one half of what `rev+caesar` asks for; nobody is trained on that
-fixture  the demo, smaller, for tests
+demo       three character domains, one expert each, that merge well
+text       three text domains, measured in bits per byte
+skills     two experts of which each has one half of what `rev+caesar` asks for; nobody is trained on that
+catalogue  twenty experts on one or two of five domains, trained with more and less care
+fixture    the demo, smaller, for tests
 
 What decides whether such small experts merge: the base is part-skilled (it stops by its skill in each domain,
 not by steps, where skill can be measured), an expert pays KL(base || expert) on the other domains' sequences,
@@ -14,6 +15,7 @@ and the task vectors, which then hardly conflict, are summed, not averaged.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -86,6 +88,29 @@ def _one_each(domains: tuple[str, ...], **settings: int) -> dict[str, ExpertTrai
     }
 
 
+def catalogue(count: int) -> TrainingRecipe:
+    """A base and `count` experts that are worth choosing among; a larger one begins with the smaller.
+
+    Experts that kept to the base elsewhere are best summed, others averaged or thinned: KL weight, steps,
+    learning rate and the shares of domains are drawn for each, by one fixed stream.
+    """
+    rng = random.Random("weft catalogue")
+    experts = {}
+    for number in range(count):
+        main = _CATALOGUED[number % len(_CATALOGUED)]
+        second = rng.choice([name for name in _CATALOGUED if name != main])
+        own = rng.choice([{main: 1.0}, {main: 0.75, second: 0.25}, {main: 0.5, second: 0.5}])
+        experts[f"e{number + 1:02}"] = ExpertTraining(
+            own=own,
+            elsewhere=tuple(name for name in _CATALOGUED if name not in own),
+            steps=rng.choice([60, 120, 200]),
+            rate=rng.choice([5e-4, 1e-3, 2e-3]),
+            kl_weight=rng.choice([0.0, 0.3, 1.0, 3.0]),
+        )
+    return TrainingRecipe(shape=Shape(), base=BaseTraining(domains=_CATALOGUED), experts=experts)
+
+
+_CATALOGUED = ("rev", "sort", "brk", "swap", "rot")
 _KNOWN = ("same+same", "rot+same", "same+upper", "rot+upper")
 _SKILLS = {
     "rev": {"rev+same": 1.0, "rev+upper": 1.0},
@@ -111,5 +136,6 @@ RECIPES = {
         base=BaseTraining(domains=_KNOWN, skill=0.9, plenty=0.95),
         experts={name: ExpertTraining(own=own, elsewhere=_KNOWN) for name, own in _SKILLS.items()},
     ),
+    "catalogue": catalogue(20),
 }
 """By the name that `build` takes for a size."""

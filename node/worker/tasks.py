@@ -3,7 +3,8 @@
 Requests and results are small JSON objects; whatever is large (plans, leaf tables, weights) is passed as a
 path. Heavy modules are imported inside the task that needs them, so that hashing never pays for torch.
 
-    zoo          {directory, seed, size}                       -> {base, experts: {domain: directory}}
+    zoo          {directory, seed, size}                       -> {base, experts: {name: directory}}
+    catalogue    {directory, seed}                             -> {experts: {name: directory}, merges}
     evaluate     {models: {name: directory}, domains, split?, limit?} -> {scores: {name: {domain: share}}}
     fingerprint  {input, output}                               -> {digest, size}
     merge        {plan, inputs, target, journal, output, threads?}
@@ -61,6 +62,20 @@ def zoo(request: Request, emit: Emit) -> Result:
         ),
     )
     return {"base": str(built.base), "experts": {name: str(path) for name, path in built.experts.items()}}
+
+
+def catalogue(request: Request, emit: Emit) -> Result:
+    """Train the catalogue of one seed and score every merge of two, or find both in `directory`."""
+    from merge_core.zoo.catalogue import open_catalogue
+    from merge_core.zoo.labels import measure
+
+    def tell(what: str, done: int, total: int) -> None:
+        emit({"kind": "progress", "what": what, "done": done, "total": total})
+
+    opened = open_catalogue(Path(request["directory"]), seed=request["seed"], on_progress=tell)
+    labels = measure(opened, on_progress=tell)
+    experts = {name: str(listed.directory) for name, listed in opened.experts.items()}
+    return {"experts": experts, "merges": len(labels.merges)}
 
 
 def evaluate(request: Request, emit: Emit) -> Result:
@@ -259,6 +274,7 @@ def candidates(request: Request, emit: Emit) -> Result:
 
 TASKS: dict[str, Callable[[Request, Emit], Result]] = {
     "zoo": zoo,
+    "catalogue": catalogue,
     "evaluate": evaluate,
     "fingerprint": fingerprint,
     "merge": merge,
