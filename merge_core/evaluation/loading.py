@@ -1,10 +1,9 @@
 """A checkpoint as a model that can be run, without running anything that the directory says.
 
-    load_model   a Llama
-    load_any     whatever transformers itself has a class for
+    model, tokenizer = load_model(directory), load_tokenizer(directory)
 
-The config is rebuilt from keys that are known, and the class is fixed or comes from transformers' own table,
-so nothing in the directory chooses code: not `auto_map`, not `architectures`, not a tokenizer class.
+The config is rebuilt from keys that are known, and the class comes from transformers' own table, so nothing
+in the directory chooses code: not `auto_map`, not `architectures`, not a tokenizer class.
 """
 
 from __future__ import annotations
@@ -14,52 +13,23 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from merge_core.checkpoint.published import read_bounded
 from merge_core.checkpoint.reader import Checkpoint
 from merge_core.config_keys import CONFIG_KEYS
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 
-_KEYS = (
-    "attention_bias",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "vocab_size",
-)
+MAX_TOKENIZER = 256 << 20
 
 
-def load_model(directory: Path) -> LlamaForCausalLM:
-    """Load a Llama in float32, ready to predict.
+def load_model(directory: Path) -> Any:
+    """Load a causal language model in float32 and eval mode.
 
-    Raises CorruptCheckpoint where tensors are missing or misshapen, Unmergeable on another architecture.
+    Raises CorruptCheckpoint where tensors are missing or misshapen, Unmergeable on another kind of model.
     """
-    with Checkpoint.open(directory) as checkpoint:
-        config, files = checkpoint.config, checkpoint.survey.weights
-        if checkpoint.architecture != "LlamaForCausalLM":
-            raise Unmergeable(
-                f"{directory} is a {checkpoint.architecture}; only LlamaForCausalLM can be evaluated",
-                hint="evaluate it with the tools of its own library",
-            )
-    weights: dict[str, torch.Tensor] = {}
-    for name in files:
-        weights.update(load_file(directory / name))
-    return _filled(directory, config, weights)
-
-
-def load_any(directory: Path) -> Any:
-    """Load a language model in float32, ready to predict; raises as `load_model` does."""
     with Checkpoint.open(directory) as checkpoint:
         config = checkpoint.config
     kind = config.get("model_type")
@@ -88,17 +58,18 @@ def load_any(directory: Path) -> Any:
     return model.eval()
 
 
-def _filled(directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    hint = "fetch or export the checkpoint again, then: weft add DIR"
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read tokenizer.json, which alone decides how text becomes tokens, without truncation or padding.
+
+    Raises Unmergeable where there is none, CorruptCheckpoint where it cannot be read.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise Unmergeable(f"{directory} has no tokenizer.json", hint="save it with a fast tokenizer")
     try:
-        # The constructor draws initial weights; the process's own random stream must not notice.
-        with torch.random.fork_rng(devices=[]):
-            model = LlamaForCausalLM(LlamaConfig(**{key: config[key] for key in _KEYS if key in config}))
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
-        raise CorruptCheckpoint(f"{directory}: config and weights disagree: {error}", hint=hint) from error
-    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
-    wrong = [*sorted(set(missing) - tied), *unexpected]
-    if wrong:
-        raise CorruptCheckpoint(f"{directory}: tensors missing or unknown: {', '.join(wrong[:5])}", hint=hint)
-    return model.eval()
+        tokenizer = Tokenizer.from_str(read_bounded(path, MAX_TOKENIZER).decode("utf-8"))
+    except Exception as error:  # the library raises this very class
+        raise CorruptCheckpoint(f"{path} cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
