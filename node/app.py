@@ -296,16 +296,23 @@ def merge_here(
     on_view: Callable[[JobView], None],
 ) -> dict[str, Any]:
     """Merge models that all lie here, without a node; signed where there is an identity."""
-    from node.merging import local
-    from node.merging.merge import Merging
+    from node.worker import process
 
     gc.set_threshold(COLLECT_EVERY)
-    merging = Merging(local_parents(home), identity_if_any(home), clock=time.time, known=known_places(home))
-    return asyncio.run(
-        local.merge(
-            merging, recipe, directory.absolute(), how=how, resume=resume, clock=time.time, on_view=on_view
-        )
-    )
+    target = directory.absolute()
+
+    async def work() -> dict[str, Any]:
+        async with process.started("merge") as worker:  # which takes as long to load as we to make the plan
+            from node.merging import local
+            from node.merging.merge import Merging
+
+            parents, identity, known = local_parents(home), identity_if_any(home), known_places(home)
+            merging = Merging(parents, identity, clock=time.time, known=known, run=worker.run)
+            return await local.merge(
+                merging, recipe, target, how=how, resume=resume, clock=time.time, on_view=on_view
+            )
+
+    return asyncio.run(work())
 
 
 def evolve_here(

@@ -4,6 +4,7 @@
     leaf   one leaf of the output alone
     trace  what was measured of one tensor
     audit  every leaf again, compared with what was claimed
+    load   what a process does before its first merge, and may do while it waits for one
 
 Each tensor is measured first where its operator asks for it (the Trace), then computed. Chunks are whole
 leaves from the start of the tensor, and every step is elementwise or a fixed tree, so threads and chunk sizes
@@ -29,8 +30,16 @@ pool       threads that take pieces in order
 
 from __future__ import annotations
 
+import numpy as np
+
 from merge_core.execute.audit import AuditReport, audit, leaf, trace
 from merge_core.execute.materials import Material
 from merge_core.execute.run import Merged, Progress, run
+from merge_core.operators import convert
 
-__all__ = ["AuditReport", "Material", "Merged", "Progress", "audit", "leaf", "run", "trace"]
+__all__ = ["AuditReport", "Material", "Merged", "Progress", "audit", "leaf", "load", "run", "trace"]
+
+
+def load() -> None:
+    """Load what every merge needs: numba takes as long for its first kernel as for being imported."""
+    convert.narrow(np.empty(0, np.float32), "BF16", np.empty(0, np.uint16))

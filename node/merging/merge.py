@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import Manifest
@@ -59,6 +59,13 @@ from node.worker import process
 _RUNNING = 3
 """What a model takes of memory while it runs in float32, in the bytes of its weights: few are stored so."""
 
+
+class Run(Protocol):
+    """Has a worker do its task: a request, and who hears of its events, to a result."""
+
+    async def __call__(self, request: dict[str, Any], *, on_event: process.Event) -> dict[str, Any]: ...
+
+
 Publish = Callable[[Path, str, str], Awaitable[None]]
 """Shares (directory, name, licence) with the network."""
 
@@ -94,13 +101,15 @@ class Merging:
         clock: Callable[[], float],
         known: KnownPlaces | None = None,
         publish: Publish | None = None,
+        run: Run | None = None,
     ) -> None:
-        """`known` is told where parents and results lie."""
+        """`known` is told where parents and results lie; `run` is a worker that waits for its one merge."""
         self._parents = parents
         self._identity = identity
         self._clock = clock
         self._known = known
         self._publish = publish
+        self._run: Run = run or partial(process.run, "merge")
 
     async def plan(self, recipe: Recipe, attempt: Attempt | None = None) -> Planned:
         """Resolve a recipe from headers; raises Unmergeable with every incompatibility, or for a licence."""
@@ -169,7 +178,7 @@ class Merging:
         inputs = [obtained.parents[model_id] for model_id in planned.plan.inputs]
         await asyncio.to_thread(lay_out, work, planned.plan, inputs)
         request = _request(work, inputs, target) | {"threads": how.threads, "max_memory": how.max_memory}
-        made = await process.run("merge", request, on_event=teller(attempt))
+        made = await self._run(request, on_event=teller(attempt))
         attempt.enter(JobState.VERIFYING)
         merged = await asyncio.to_thread(_read_back, planned, obtained, made)
         found = Report.parse(await asyncio.to_thread(Path(made["report"]).read_bytes))

@@ -34,10 +34,11 @@ def main(arguments: list[str]) -> int:
         voice.flush()
 
     say({"event": {"kind": "started", "pid": os.getpid()}})
-    request = json.loads(sys.stdin.buffer.readline())
     try:
-        from node.worker.tasks import TASKS  # after the parent check: this may take seconds
+        from node.worker.tasks import TASKS, load  # after the parent check: this may take seconds
 
+        load(task)
+        request = json.loads(sys.stdin.buffer.readline())
         say({"result": TASKS[task](request, lambda event: say({"event": event}))})
     except Exception as error:
         described = describe_error(error)

@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from node.errors import LocalError
@@ -32,29 +33,50 @@ async def run(task: str, request: dict[str, Any], *, on_event: Event) -> dict[st
     what it raises stops the work. Raises the typed error that the task ended in, or LocalError with
     the end of the child's stderr when it died or broke the protocol.
     """
+    async with started(task) as worker:
+        return await worker.run(request, on_event=on_event)
+
+
+@asynccontextmanager
+async def started(task: str) -> AsyncIterator[Worker]:
+    """A worker that loads what it needs while its request is made; asked or not, it ends with the block."""
     child = await _spawn(task)
-    tail = bytearray()
     try:
+        yield Worker(task, child)
+    finally:
+        await _bury(child)
+
+
+class Worker:
+    """A child that waits for its one request."""
+
+    def __init__(self, task: str, child: Process) -> None:
+        self._task = task
+        self._child = child
+        self.pid = child.pid
+
+    async def run(self, request: dict[str, Any], *, on_event: Event) -> dict[str, Any]:
+        """Hand over the request and return the result; events and errors are those of `run`."""
+        child, tail = self._child, bytearray()
         feeding = asyncio.ensure_future(_feed(child, encode(request)))
         draining = asyncio.ensure_future(_drain(child, tail))
         try:
             outcome = await _listen(child, on_event)
             await asyncio.wait_for(asyncio.gather(feeding, draining, child.wait()), _EXIT_SECONDS)
+        except TimeoutError:
+            raise LocalError(
+                f"the worker for {self._task} did not end after its last word", hint="weft doctor"
+            ) from None
         finally:
             feeding.cancel()
             draining.cancel()
-    except TimeoutError:
-        raise LocalError(
-            f"the worker for {task} did not end after its last word", hint="weft doctor"
-        ) from None
-    finally:
-        await _bury(child)
-    if outcome is None:
-        raise _death(task, child, bytes(tail))
-    if "error" in outcome:
-        raise rebuild_error(outcome["error"])
-    result: dict[str, Any] = outcome["result"]
-    return result
+            await _bury(child)
+        if outcome is None:
+            raise _death(self._task, child, bytes(tail))
+        if "error" in outcome:
+            raise rebuild_error(outcome["error"])
+        result: dict[str, Any] = outcome["result"]
+        return result
 
 
 async def _spawn(task: str) -> Process:

@@ -272,6 +272,14 @@ def candidates(request: Request, emit: Emit) -> Result:
     return evolution.candidates(request, emit)
 
 
+def load(task: str) -> None:
+    """Do what a task needs before it can begin, while whoever started the worker makes the request."""
+    if task in ("merge", "audit"):
+        from merge_core import execute
+
+        execute.load()
+
+
 TASKS: dict[str, Callable[[Request, Emit], Result]] = {
     "zoo": zoo,
     "catalogue": catalogue,

@@ -47,6 +47,22 @@ def ended(descriptor: int, seconds: float = 30) -> bool:
     return bool(waiting.poll(seconds * 1000))
 
 
+def test_a_worker_that_is_never_asked_ends_with_the_block_that_started_it() -> None:
+    async def start(fail: bool) -> int:
+        async with process.started("merge") as worker:
+            child = os.pidfd_open(worker.pid)
+            if fail:
+                raise Unmergeable("no plan")
+        return child
+
+    child = asyncio.run(start(fail=False))
+    assert ended(child, seconds=0)
+    os.close(child)
+    with pytest.raises(Unmergeable, match="no plan"):
+        asyncio.run(start(fail=True))
+    assert not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+
+
 def test_a_result_and_the_events_before_it_come_back(model_dir: Path, tmp_path: Path) -> None:
     measured, described = measured_input(model_dir, tmp_path / "records")
     events: list[Event] = []
