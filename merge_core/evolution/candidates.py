@@ -76,7 +76,8 @@ class LiveModel:
         mine = {name: tuple(target.shape) for name, target in self._targets.items()}
         tied = _aliases(self._targets)
         odd = [name for name, shape in made.items() if mine.get(name) != shape]
-        odd += [name for name in mine if name not in made and not tied[name] & made.keys()]
+        # Of a tied head and its embedding exactly one is made: two would be written to the same memory.
+        odd += [name for name in mine if len(tied[name] & made.keys()) != 1]
         odd += [tensor.name for tensor in plan.tensors if tensor.dtype not in _DTYPES]
         if odd:
             raise Unmergeable(

@@ -80,7 +80,10 @@ class Evaluator:
         """Make the live model what is asked about; whether it holds numbers alone."""
         model = question.model
         recipe = self._genome.recipe(question.values) if model is None else _alone(model)
-        plan, inputs = self._planned(recipe)
+        try:
+            plan, inputs = self._planned(recipe)
+        except Unmergeable:  # the start makes a plan: these values do not go together, as an operator says
+            return False
         return self._live.fill(plan, inputs)
 
     def _check(self, tasks: Sequence[Task]) -> None:
