@@ -2,12 +2,12 @@
 
 A thread holds one piece of a tensor: every operand as it is stored, as float32 while it is measured, what the
 operator computes beside it, and the output. Weights never lie in memory as a whole, so the size of a model
-hardly shows.
+hardly shows; a tensor of moderate size that is read several times stays in memory meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.source import TensorInfo
@@ -21,7 +21,10 @@ CHUNK_ELEMENTS = 1 << 19
 THREADS = 2
 """Threads of a merge unless it is told otherwise."""
 
-BLOCK_ELEMENTS = 1 << 17
+HELD = 96 << 20
+"""Bytes of a tensor's operands, as stored, up to which they are read once and not for every pass."""
+
+BLOCK_ELEMENTS = 1 << 16
 """Elements that a kernel computes at once: they and its temporaries fit the cache of a core."""
 
 _PROCESS = 160 << 20
@@ -40,12 +43,13 @@ def peak(steps: Sequence[Step], inputs: Sequence[Mapping[str, TensorInfo]], *, t
     """An upper bound, in bytes, for the process that runs steps over inputs with these tensors."""
     tensors = [tensor for step in steps for tensor in step.tensors]
     compiled = all(find(name).compiled for name in {t.operator for t in tensors} - {COPY.name})
-    held = sum(
-        max((_working_set(tensor, inputs, steps) for tensor in step.tensors), default=0) for step in steps
+    working, held = (
+        sum(max((of(tensor, inputs, steps) for tensor in step.tensors), default=0) for step in steps)
+        for of in (_working_set, _held)
     )
     fixed = _PROCESS + (0 if compiled else _TORCH) + len(tensors) * _TENSOR
     fixed += _TOKENS if any(step.tokenizer for step in steps) else 0
-    return fixed + threads * (_THREAD + held)
+    return fixed + held + threads * (_THREAD + working)
 
 
 def fit(
@@ -85,14 +89,24 @@ def _working_set(
         row = tensor.row
         elements = min(length, elements + 2 * row)
         block = min(length, max(block, row))
-    sizes = [dtypes.SIZES[_info(o.source, o.tensor, inputs, steps).dtype] for o in tensor.operands]
+    sizes = [dtypes.SIZES[info.dtype] for info in _operands(tensor, inputs, steps)]
     stored = sum(elements * size + 2 * merkle.LEAF_SIZE for size in sizes)
-    measured = 4 * elements * (2 * len(sizes) + 2) if operator.passes(tensor.parameters) else 0
+    measured = 4 * elements * (len(sizes) + 2) if operator.passes(tensor.parameters) else 0
     computed = 4 * block * (4 * len(sizes) + 6)
     return stored + measured + computed + elements * dtypes.SIZES[tensor.dtype]
 
 
-def _info(
-    source: int, tensor: str, inputs: Sequence[Mapping[str, TensorInfo]], steps: Sequence[Step]
-) -> TensorInfo:
-    return inputs[source][tensor] if source < len(inputs) else steps[source - len(inputs)].layout[tensor]
+def _held(tensor: TensorPlan, inputs: Sequence[Mapping[str, TensorInfo]], steps: Sequence[Step]) -> int:
+    """What all threads hold together of a tensor that is read more than once, in bytes."""
+    if tensor.operator == COPY.name or not find(tensor.operator).passes(tensor.parameters):
+        return 0
+    size = sum(info.length for info in _operands(tensor, inputs, steps))
+    return size + len(tensor.operands) * merkle.LEAF_SIZE if size <= HELD else 0
+
+
+def _operands(
+    tensor: TensorPlan, inputs: Sequence[Mapping[str, TensorInfo]], steps: Sequence[Step]
+) -> Iterator[TensorInfo]:
+    for operand in tensor.operands:
+        step = operand.source - len(inputs)
+        yield (inputs[operand.source] if step < 0 else steps[step].layout)[operand.tensor]

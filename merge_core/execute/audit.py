@@ -80,7 +80,7 @@ def audit(
             work = materials.work(step, tensor.name)
             claimed = _claimed_leaves(tensor, records.get(tensor.name), leaves)
             doubts = len(materials.doubted)
-            traced = materials.measured(step, tensor.name, pool)
+            traced = materials.measured(step, tensor.name, pool, work=work)
             agrees = len(materials.doubted) == doubts
             computed = work.digests(traced, pool) if agrees else iter([])
             mine = [digest for digests in computed for digest in digests] or [b""] * work.leaves

@@ -80,8 +80,13 @@ class Materials:
             chunk_elements=self._chunk,
         )
 
-    def measured(self, step: int, tensor: str, pool: Pool, *, known: Traced | None = None) -> Traced:
-        """What is traced of one tensor, after all that it is computed from; `known` spares measuring it."""
+    def measured(
+        self, step: int, tensor: str, pool: Pool, *, work: Work | None = None, known: Traced | None = None
+    ) -> Traced:
+        """What is traced of one tensor, after all that it is computed from; `known` spares measuring it.
+
+        `work` is the work on it, if it goes on after this.
+        """
         planned = self._planned[step][tensor]
         for operand in planned.operands:
             below = operand.source - len(self._inputs)
@@ -89,7 +94,7 @@ class Materials:
                 self.measured(below, operand.tensor, pool)
         if known is None:
             measures = find(planned.operator).measure is not None
-            known = self._measure(step, tensor, pool) if measures else {}
+            known = self._measure(step, work or self.work(step, tensor), pool) if measures else {}
         if self._claimed is not None:
             claim = self._claimed.of(step, tensor)
             if close(claim, known, find(planned.operator).slack):
@@ -138,12 +143,11 @@ class Materials:
         """The functional files of the result, by name, sorted."""
         return result_files(self._plan, [material.files for material in self._inputs])
 
-    def _measure(self, step: int, tensor: str, pool: Pool) -> Traced:
-        work = self.work(step, tensor)
+    def _measure(self, step: int, work: Work, pool: Pool) -> Traced:
         try:
             return work.measure(pool)
         except Unmergeable as error:
-            raise self.damaged(step, tensor, range(work.pieces)) or error from error
+            raise self.damaged(step, work.tensor.name, range(work.pieces)) or error from error
 
     def _keys(self, planned: TensorPlan) -> list[int]:
         """The keys of chance of a tensor's experts; none where its operator leaves nothing to chance."""

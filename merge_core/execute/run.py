@@ -123,7 +123,7 @@ class _Production:
         if claimed is not None and work.check(claimed.leaves, self._load(tensor.name), pool):
             self._materials.measured(self._step, tensor.name, pool, known=claimed.traced)
             return claimed, False
-        traced = self._materials.measured(self._step, tensor.name, pool)
+        traced = self._materials.measured(self._step, tensor.name, pool, work=work)
         digests = work.digests(traced, pool, self._store(work), self._observe)
         return Finished(leaves=tuple(d for piece in digests for d in piece), traced=traced), True
 

@@ -7,7 +7,7 @@ its first and last row reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.finite import finite
-from merge_core.checkpoint.source import TensorSource
+from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.pool import Pool
-from merge_core.memory import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+from merge_core.memory import BLOCK_ELEMENTS, CHUNK_ELEMENTS, HELD
 from merge_core.operators import COPY, convert, find
 from merge_core.operators.base import Array, Chunk, Stored, Traced
 from merge_core.operators.scratch import scratch
@@ -70,6 +70,7 @@ class Work:
         """What the operator must know of the whole tensor; empty where that is nothing."""
         if self._operator.measure is None:
             return {}
+        self._hold()
         try:
             return self._operator.measure(_Stream(self, pool), self.tensor.parameters)
         except Unmergeable as error:
@@ -153,6 +154,15 @@ class Work:
 
     # -- the pieces of both --------------------------------------------------------------------------
 
+    def _hold(self) -> None:
+        """From now on read every operand once, where all of them are small enough to stay in memory."""
+        sizes = [source.tensors[name].length for name, source, _ in self._operands]
+        if self.pieces > 1 and sum(sizes) <= HELD:
+            self._operands = [
+                (name, _Held(source, name, f"held {self._depth}.{index}"), dtype)
+                for index, (name, source, dtype) in enumerate(self._operands)
+            ]
+
     def _computable(self, raw: Sequence[NDArray[Any]], low: int, high: int) -> tuple[Stored, ...]:
         """Every operand from element `low` of what was read to `high`: as stored if all are bfloat16."""
         if self._patterns:
@@ -196,6 +206,28 @@ class Work:
                 raise CorruptCheckpoint(f"{name}: {len(data)} bytes where {skip + end - begin} belong")
             found.append(convert.elements(data[skip : skip + end - begin], dtype))
         return found
+
+
+class _Held:
+    """One tensor of a source, which stays in memory of the thread that made this once it is read."""
+
+    def __init__(self, source: TensorSource, tensor: str, use: str) -> None:
+        self.tensors: Mapping[str, TensorInfo] = source.tensors
+        self._length = source.tensors[tensor].length
+        self._source = source
+        self._present = [False] * merkle.leaf_count(self._length)
+        self._memory = scratch(use, len(self._present) * merkle.LEAF_SIZE, np.uint8).data
+
+    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
+        """Leaves of the tensor, which are read where they are not here yet; never into `into`."""
+        leaves = slice(first_leaf, first_leaf + count)
+        begin, end = first_leaf * merkle.LEAF_SIZE, leaves.stop * merkle.LEAF_SIZE
+        if not all(self._present[leaves]):
+            data = memoryview(self._source.read(tensor, first_leaf, count, into=self._memory[begin:end]))
+            if data.obj is not self._memory.obj:
+                self._memory[begin : begin + len(data)] = data
+            self._present[leaves] = [True] * count
+        return self._memory[begin : min(end, self._length)]
 
 
 class _Stream:

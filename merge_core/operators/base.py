@@ -45,7 +45,7 @@ Stored: TypeAlias = NDArray[np.float32] | NDArray[np.uint16]
 
 T = TypeVar("T")
 
-_BLOCK = 1 << 15
+_BLOCK = 1 << 17
 
 LIBM = 2.0**-22
 """The slack of a traced float32 that was computed with libm, whose last bits differ: two of its roundings."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     def f32(stored: Any) -> Any:
         """A stored element, float32 or the pattern of a bfloat16 (uint16), as float32; in kernels only."""
 
+    def distances(x: Any, base: Any, start: int, out: Any) -> None:
+        """out = |x − base| from `start` on, or |x| where the base is None; in kernels only."""
+
 else:
     kernel = numba.njit(nogil=True, cache=True)
 
@@ -36,6 +39,23 @@ else:
         if stored == numba.types.uint16:
             return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
         return lambda stored: stored
+
+    def distances(x, base, start, out):
+        raise NotImplementedError
+
+    @overload(distances)
+    def _distances(x, base, start, out):
+        def from_zero(x, base, start, out):
+            row = x[start : start + out.size]
+            for i in range(out.size):
+                out[i] = abs(f32(row[i]))
+
+        def from_base(x, base, start, out):
+            row, origin = x[start : start + out.size], base[start : start + out.size]
+            for i in range(out.size):
+                out[i] = abs(f32(row[i]) - f32(origin[i]))
+
+        return from_zero if isinstance(base, numba.types.NoneType) else from_base
 
 
 BLOCK = 4096
@@ -182,39 +202,51 @@ def delta_magnitude(x: Any, base: Any, out: Any) -> None:
 
 
 @kernel
-def count_upper(bits: Any, counts: Any) -> Any:
-    """Count 32 bit patterns by their upper 16 bits but the sign; how many are zero as a whole.
+def count_upper(x: Any, base: Any, counts: Any) -> Any:
+    """Count |x − base| by the upper 16 bits of its pattern but the sign; how many are zero as a whole.
 
     A NaN can have a sign though what is compared has none.
     """
-    zeros = 0
-    for i in range(bits.size):
-        counts[bits[i] >> np.uint32(16) & np.uint32(0x7FFF)] += 1
-        zeros += bits[i] == np.uint32(0)
+    zeros, values = 0, np.empty(BLOCK, np.float32)
+    for start in range(0, x.size, BLOCK):
+        block = values[: min(BLOCK, x.size - start)]
+        distances(x, base, start, block)
+        bits = block.view(np.uint32)
+        for i in range(bits.size):
+            counts[bits[i] >> np.uint32(16) & np.uint32(0x7FFF)] += 1
+        for i in range(bits.size):
+            zeros += bits[i] == np.uint32(0)
     return zeros
 
 
 @kernel
-def count_lower(bits: Any, upper: Any, counts: Any) -> None:
-    """Count 32 bit patterns whose upper 16 bits but the sign are `upper` by their lower 16."""
-    for i in range(bits.size):
-        if bits[i] >> np.uint32(16) & np.uint32(0x7FFF) == upper:
-            counts[bits[i] & np.uint32(0xFFFF)] += 1
+def count_lower(x: Any, base: Any, upper: Any, counts: Any) -> None:
+    """Count those |x − base| whose upper 16 bits but the sign are `upper` by their lower 16."""
+    values = np.empty(BLOCK, np.float32)
+    for start in range(0, x.size, BLOCK):
+        block = values[: min(BLOCK, x.size - start)]
+        distances(x, base, start, block)
+        bits = block.view(np.uint32)
+        for i in range(bits.size):
+            if bits[i] >> np.uint32(16) & np.uint32(0x7FFF) == upper:
+                counts[bits[i] & np.uint32(0xFFFF)] += 1
 
 
 @kernel
-def equal_to(bits: Any, pattern: Any) -> Any:
-    """The indices, ascending, at which 32 bit patterns are `pattern`, but for the sign."""
-    count = 0
-    for i in range(bits.size):
-        count += bits[i] & np.uint32(0x7FFFFFFF) == pattern
-    found = np.empty(count, np.int64)
-    at = 0
-    if count:
-        for i in range(bits.size):
-            if bits[i] & np.uint32(0x7FFFFFFF) == pattern:
-                found[at] = i
-                at += 1
+def equal_to(x: Any, base: Any, level: Any, out: Any) -> Any:
+    """Write the indices, ascending, at which |x − base| equals `level`; how many these are."""
+    found, values = 0, np.empty(BLOCK, np.float32)
+    for start in range(0, x.size, BLOCK):
+        block = values[: min(BLOCK, x.size - start)]
+        distances(x, base, start, block)
+        count = 0
+        for i in range(block.size):
+            count += block[i] == level
+        if count:
+            for i in range(block.size):
+                if block[i] == level:
+                    out[found] = start + i
+                    found += 1
     return found
 
 

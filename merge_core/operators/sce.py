@@ -92,8 +92,8 @@ def _cut(stream: Stream, share: float) -> Cut:
     return cuts(stream, [_spread_of], [keep], counted)[0]
 
 
-def _spread_of(chunk: Chunk) -> Array:
-    return _spread(_deltas(chunk))
+def _spread_of(chunk: Chunk) -> tuple[Array, None]:
+    return _spread(_deltas(chunk)), None
 
 
 def _weights(stream: Stream, parameters: Parameters, cut: Cut) -> tuple[float, ...]:

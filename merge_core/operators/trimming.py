@@ -1,6 +1,6 @@
 """The exact k-th largest magnitude of a tensor, without a sort and in the memory of a chunk.
 
-Magnitudes are float32, whose bit patterns order as they do: a histogram of the upper 16 bits, one of the
+Magnitudes are float32, whose patterns order as they do: a histogram of the upper 16 bits, one of the
 lower 16 within the bin of the cut, and, only if the cut falls among ties, a pass to locate it. Where several
 tie at the threshold the lowest indices are taken. What comes out is a Cut: two integers for the Trace.
 """
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge_core.errors import CorruptCheckpoint
-from merge_core.operators.base import Array, Chunk, Stream, Traced
+from merge_core.operators.base import Chunk, Stored, Stream, Traced
 from merge_core.operators.scratch import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Magnitudes = Callable[[Chunk], Array]
-"""What is compared, for the elements of one chunk: float32, none negative; its memory may be used again."""
+Magnitudes = Callable[[Chunk], tuple[Stored, Stored | None]]
+"""What is compared in a chunk: the distances of two arrays, element by element, or of one from zero."""
 
 _Counts = NDArray[Any]
 _BINS = 1 << 15
@@ -75,14 +75,7 @@ def kept(density: float, length: int) -> int:
 
 def delta_magnitudes(expert: int) -> Magnitudes:
     """|expert − base| of one expert, counted from 0."""
-    from merge_core.operators import kernels
-
-    def of(chunk: Chunk) -> Array:
-        out = scratch("magnitudes", len(chunk), np.float32)
-        kernels.delta_magnitude(chunk.arrays[1 + expert], chunk.arrays[0], out)
-        return out
-
-    return of
+    return lambda chunk: (chunk.arrays[1 + expert], chunk.arrays[0])
 
 
 class Uppers(NamedTuple):
@@ -102,7 +95,7 @@ def uppers(stream: Stream, compared: Iterable[Magnitudes]) -> dict[Magnitudes, U
         found = {magnitudes: Uppers(np.zeros(_BINS, np.int32), 0) for magnitudes in totals}
         for block in chunk.blocks():
             for magnitudes, (counts, zeros) in found.items():
-                more = kernels.count_upper(magnitudes(block).view(np.uint32), counts)
+                more = kernels.count_upper(*magnitudes(block), counts)
                 found[magnitudes] = Uppers(counts, zeros + more)
         return found
 
@@ -156,9 +149,9 @@ def _lowers(stream: Stream, sought: Mapping[int, Magnitudes], bins: Mapping[int,
         found = {at: np.zeros(1 << 16, np.int32) for at in sought}
         for block in chunk.blocks():
             for magnitudes in dict.fromkeys(sought.values()):
-                bits = magnitudes(block).view(np.uint32)
+                compared = magnitudes(block)
                 for at in (at for at, same in sought.items() if same is magnitudes):
-                    kernels.count_lower(bits, np.uint32(bins[at]), found[at])
+                    kernels.count_lower(*compared, np.uint32(bins[at]), found[at])
         return found
 
     for found in stream.map(count):
@@ -186,8 +179,9 @@ def _locate(
         hits: dict[int, list[NDArray[np.int64]]] = {at: [] for at in thresholds}
         for block in chunk.blocks():
             for at, bits in thresholds.items():
-                equal = kernels.equal_to(sought[at](block).view(np.uint32), np.uint32(bits))
-                hits[at].append(equal + block.start)
+                indices = scratch("indices", len(block), np.int64)
+                count = kernels.equal_to(*sought[at](block), np.uint32(bits).view(np.float32), indices)
+                hits[at].append(indices[:count] + block.start)
         return {at: np.concatenate(indices) for at, indices in hits.items()}
 
     for hits in stream.map(at_threshold):

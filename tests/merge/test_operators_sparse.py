@@ -18,7 +18,7 @@ from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute import audit, run
 from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import find, kernels
-from merge_core.operators.base import Array, Chunk, Parameters
+from merge_core.operators.base import Array, Chunk, Parameters, Stored
 from merge_core.operators.breadcrumbs import counts
 from merge_core.operators.chance import draws, halves, limit, philox
 from merge_core.operators.della import limits
@@ -314,7 +314,7 @@ def test_a_cut_is_counted_once_for_two_that_compare_the_same() -> None:
     reads = 0
     magnitudes = delta_magnitudes(0)
 
-    def counting(chunk: Chunk) -> Array:
+    def counting(chunk: Chunk) -> tuple[Stored, Stored | None]:
         nonlocal reads
         reads += 1
         return magnitudes(chunk)
@@ -327,13 +327,14 @@ def test_a_cut_is_counted_once_for_two_that_compare_the_same() -> None:
 
 
 def test_the_sign_of_a_nan_is_not_counted() -> None:
-    bits = np.array([0xFFC00001, 0x7FC00001, 0x00000000, 0xFF800000], np.uint32)
+    values = np.array([0xFFC00001, 0x7FC00001, 0x00000000, 0xFF800000], np.uint32).view(np.float32)
     counted, lower = np.zeros(1 << 15, np.int32), np.zeros(1 << 16, np.int32)
-    assert kernels.count_upper(bits, counted) == 1
-    kernels.count_lower(bits, np.uint32(0x7FC0), lower)
+    assert kernels.count_upper(values, None, counted) == 1
+    kernels.count_lower(values, None, np.uint32(0x7FC0), lower)
     assert {int(at): int(counted[at]) for at in np.flatnonzero(counted)} == {0: 1, 0x7F80: 1, 0x7FC0: 2}
     assert {int(at): int(lower[at]) for at in np.flatnonzero(lower)} == {1: 2}
-    assert kernels.equal_to(bits, np.uint32(0x7FC00001)).tolist() == [0, 1]
+    found = np.zeros(4, np.int64)
+    assert kernels.equal_to(values, None, np.float32(np.inf), found) == 1 and found[0] == 3
 
 
 def test_a_trace_that_is_no_magnitude_is_refused() -> None:
