@@ -41,6 +41,10 @@ class Sequences:
     ids: Tensor
     labels: Tensor
 
+    def first(self, count: int) -> Sequences:
+        """The first `count` rows."""
+        return Sequences(self.ids[:count], self.labels[:count])
+
     def draw(self, count: int, generator: torch.Generator) -> Sequences:
         """`count` rows with replacement."""
         rows = torch.randint(len(self.ids), (count,), generator=generator)
@@ -139,6 +143,17 @@ def train_expert(
         if step % 10 == 0:
             on_progress(f"train expert {name}", step, training.steps)
     return expert
+
+
+def fine_tune(
+    model: LlamaForCausalLM, examples: Sequences, *, steps: int = 120, rate: float = 1e-3
+) -> LlamaForCausalLM:
+    """A copy of a model that has learned a few examples, all of them at each step: the control of a merge."""
+    tuned = copy.deepcopy(model)
+    adam = torch.optim.AdamW(tuned.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(1, steps + 1):
+        _step(tuned, [adam], _cross_entropy(tuned, examples), warm_up=_cosine(step, steps))
+    return tuned
 
 
 @torch.no_grad()

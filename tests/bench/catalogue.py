@@ -1,6 +1,6 @@
 """Is there something to choose? Train catalogues of experts, merge every pair by every operator, and compare.
 
-    python tests/bench/catalogue.py --seeds 0 1 2
+    python tests/bench/catalogue.py --seeds 10 11 12
 
 The story goes to stderr; the last line of stdout is one JSON object. The best fixed operator and the oracle's
 operator for each pair are chosen on the labels' items and reported on the final items; an oracle that has
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     cache = Path(platformdirs.user_cache_dir("weft")) / "catalogue"
     parser.add_argument(
         "--directory", type=Path, default=cache, help=f"keep catalogues there, not in {cache}"
@@ -130,8 +130,7 @@ def utilities(marks: Mapping[str, Floats], weights: Mapping[str, Floats] | None 
     shares = [
         row.mean(axis=-1) if weights is None else row @ weights[domain] for domain, row in marks.items()
     ]
-    found: Floats = np.nanmean(np.stack(shares), axis=0)
-    return found
+    return np.asarray(np.nanmean(np.stack(shares), axis=0), np.float32)
 
 
 def honest(labelled: Floats, final: Floats) -> float:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from merge_core.execute import Material
 from merge_core.plan import MergePlan
 from merge_core.recipe import parse
 from merge_core.resolve import draft, header_of
+
+if TYPE_CHECKING:
+    from merge_core.zoo import Zoo
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -86,6 +91,16 @@ def sealed() -> Iterator[Callable[..., tuple[MergePlan, list[Material]]]]:
             ]
 
         yield seal
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """The fixture size, seed 0: about 15 CPU seconds, once for all test processes; only to be read."""
+    from merge_core.zoo import build  # brings transformers, which few tests need
+
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    return build(shared / "zoo" / "seed-0", seed=0, size="fixture")
 
 
 @pytest.fixture

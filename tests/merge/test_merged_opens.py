@@ -11,15 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from merge_core.evaluation.exact_match import score
-from merge_core.zoo import DEMO_DOMAINS, Zoo, build
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """The fixture size, seed 0, shared with the tests of the zoo itself."""
-    root = tmp_path_factory.getbasetemp()
-    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    return build(shared / "zoo" / "seed-0", seed=0, size="fixture")
+from merge_core.zoo import DEMO_DOMAINS, Zoo
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The zoo: answers are right, splits are fixed, experts are really trained, and their sum knows all of it."""
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,14 +32,6 @@ RIGHT: dict[str, Callable[[str], str]] = {
         "defghijklmnopabc"["abcdefghijklmnop".index(c)] for c in prompt[::-1]
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """The fixture size, seed 0: about 15 CPU seconds, once for all test processes."""
-    root = tmp_path_factory.getbasetemp()
-    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    return build(shared / "zoo" / "seed-0", seed=0, size="fixture")
 
 
 @pytest.fixture
