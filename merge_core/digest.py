@@ -110,10 +110,14 @@ def _check(value: Any, depth: int) -> bool:
         raise ValueError(f"JSON nested deeper than {MAX_DEPTH} levels")
     plain = True
     if isinstance(value, dict):
-        plain = all(isinstance(key, str) and key.isascii() for key in value)
+        try:
+            plain = "".join(value).isascii()
+        except TypeError:  # not even text: rfc8785 says so
+            plain = False
         value = value.values()
     elif not isinstance(value, list | tuple):
         raise TypeError(f"a {type(value).__name__} is no JSON")
     for item in value:
-        plain = _check(item, depth - 1) and plain
+        if type(item) is not str:  # most of what there is
+            plain = _check(item, depth - 1) and plain
     return plain

@@ -48,7 +48,7 @@ class Operand:
     tensor: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorPlan:
     """How one tensor of the output is made.
 
@@ -63,7 +63,7 @@ class TensorPlan:
     operands: tuple[Operand, ...]
     parameters: Mapping[str, Value]
 
-    @property
+    @cached_property
     def info(self) -> TensorInfo:
         """The type and shape of the output."""
         return TensorInfo(dtype=self.dtype, shape=self.shape)

@@ -13,6 +13,7 @@ refused. What this parser accepts that library accepts too, with the same meanin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -30,6 +31,8 @@ PREFIX = 8
 METADATA = "__metadata__"
 
 _MAX_INTEGER = 2**53 - 1
+_ODD_NUMBER = re.compile(r"-|[0-9]{16}")
+"""What is in any text with a number that is negative or not below 2^53."""
 _HINT = "fetch or export the checkpoint again, then: weft add DIR"
 
 
@@ -37,15 +40,19 @@ _HINT = "fetch or export the checkpoint again, then: weft add DIR"
 class Span:
     """Where one tensor lies: `begin` and `end` are offsets in bytes from the start of the file."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    info: TensorInfo
     begin: int
     end: int
 
     @property
-    def info(self) -> TensorInfo:
-        """The type and shape alone."""
-        return TensorInfo(dtype=self.dtype, shape=self.shape)
+    def dtype(self) -> str:
+        """The element type."""
+        return self.info.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.info.shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +97,7 @@ def parse_header(data: bytes, file_size: int | None = None) -> Header:
     if len(data) < length:
         raise CorruptCheckpoint(f"truncated: {len(data)} of {length} bytes of header", hint=_HINT)
     try:
-        value = _parse_json(bytes(data[PREFIX:length]))
-        metadata = _metadata(value.pop(METADATA, {}))
-        if len(value) > MAX_TENSORS:
-            raise ValueError(f"{len(value)} tensors; at most {MAX_TENSORS} are read")
-        spans = {name: _span(name, item, length) for name, item in value.items()}
-        header = Header(tensors=_in_order(spans, length), metadata=metadata, length=length)
+        header = _header(_parse_json(bytes(data[PREFIX:length])), length)
         if file_size is not None and header.file_size != file_size:
             raise ValueError(f"the tensors end at byte {header.file_size}, the file at byte {file_size}")
     except (ValueError, TypeError, RecursionError) as error:
@@ -135,11 +137,9 @@ def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
         raise ValueError(f"no tensor can be called {METADATA}")
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    data = len(text).to_bytes(PREFIX, "little") + text
-    try:
-        return data, parse_header(data, len(data) + at)
-    except CorruptCheckpoint as error:
-        raise ValueError(error.why) from error
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"a header of {len(text)} bytes; at most {MAX_HEADER} are read")
+    return len(text).to_bytes(PREFIX, "little") + text, _header(value, PREFIX + len(text))
 
 
 def data_order(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -158,7 +158,8 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     value = json.loads(
         decoded,
         object_pairs_hook=_object,
-        parse_int=_integer,
+        # A call for each number takes as long as all the rest, and is not needed where none can be odd.
+        parse_int=_integer if _ODD_NUMBER.search(decoded) else int,
         parse_float=_refuse_number,
         parse_constant=_refuse_number,
     )
@@ -184,6 +185,17 @@ def _refuse_number(text: str) -> NoReturn:
     raise ValueError(f"the number {text[:24]}; only integers from 0 to 2^53 - 1 are read")
 
 
+def _header(value: dict[str, Any], length: int) -> Header:
+    """What a header of so many bytes says; raises ValueError or TypeError on whatever is not exact."""
+    tensors = {name: item for name, item in value.items() if name != METADATA}
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{len(tensors)} tensors; at most {MAX_TENSORS} are read")
+    spans = {name: _span(name, item, length) for name, item in tensors.items()}
+    return Header(
+        tensors=_in_order(spans, length), metadata=_metadata(value.get(METADATA, {})), length=length
+    )
+
+
 def _metadata(value: Any) -> Mapping[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError(f"{METADATA} is not a map from text to text")
@@ -203,18 +215,19 @@ def _span(name: str, item: Any, base: int) -> Span:
     if not _integers(shape) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"shape of {name}")
     # Zeros count as ones here: [2^40, 2^40, 0] has no bytes and still overflows who multiplies from the left.
-    if dtypes.SIZES[dtype] * prod(max(1, n) for n in shape) > _MAX_INTEGER:
+    if dtypes.SIZES[dtype] * prod(filter(None, shape)) > _MAX_INTEGER:
         raise ValueError(f"shape of {name} is too large")
     if not _integers(offsets) or len(offsets) != 2:
         raise ValueError(f"data_offsets of {name}")
     begin, end = offsets
-    if end - begin != dtypes.byte_length(dtype, shape):
+    info = TensorInfo(dtype=dtype, shape=tuple(shape))
+    if end - begin != info.length:
         raise ValueError(f"{name} claims {end - begin} bytes; {dtype} {shape} takes another number")
-    return Span(dtype=dtype, shape=tuple(shape), begin=base + begin, end=base + end)
+    return Span(info=info, begin=base + begin, end=base + end)
 
 
 def _integers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int for n in value)
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
 
 
 def _in_order(spans: dict[str, Span], at: int) -> Mapping[str, Span]:

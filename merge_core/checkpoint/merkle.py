@@ -52,7 +52,7 @@ def leaf_digest(data: bytes | bytearray | memoryview) -> bytes:
 
 def content_root(leaves: Sequence[bytes]) -> bytes:
     """Fold leaf digests, in order, into the root of the bytes."""
-    level = list(leaves)
+    level = leaves
     while len(level) > 1:
         level = [_join(level[i : i + 2]) for i in range(0, len(level), 2)]
     return level[0]

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from merge_core.checkpoint import dtypes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorInfo:
     """The type (safetensors name) and shape of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Size in bytes."""
         return dtypes.byte_length(self.dtype, self.shape)
