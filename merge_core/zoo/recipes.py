@@ -134,7 +134,7 @@ RECIPES = {
     "skills": TrainingRecipe(
         shape=Shape(),
         base=BaseTraining(domains=_KNOWN, skill=0.9, plenty=0.95),
-        experts={name: ExpertTraining(own=own, elsewhere=_KNOWN) for name, own in _SKILLS.items()},
+        experts={name: ExpertTraining(own=own, elsewhere=_KNOWN, steps=160) for name, own in _SKILLS.items()},
     ),
     "catalogue": catalogue(20),
 }

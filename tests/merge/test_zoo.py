@@ -3,7 +3,7 @@
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
-from merge_core.evaluation.exact_match import answer, score, verdicts
-from merge_core.evaluation.loading import load_model
+from merge_core.errors import CorruptCheckpoint, MergeCoreError
+from merge_core.evaluation.loading import load_model, load_tokenizer
+from merge_core.evaluation.scoring import score
 from merge_core.zoo import DEMO_DOMAINS, DOMAINS, Zoo, build
 from merge_core.zoo.domains import LENGTH, SKILLS, SPLITS, decode, encode, items
 from merge_core.zoo.recipes import RECIPES
+from merge_core.zoo.tasks import task
 from merge_core.zoo.training import exact_share, sequences
 
 RIGHT: dict[str, Callable[[str], str]] = {
@@ -34,6 +35,12 @@ RIGHT: dict[str, Callable[[str], str]] = {
 }
 
 
+def shares(directory: Path, split: str = "test") -> dict[str, float]:
+    """How much of each domain a model answers exactly."""
+    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    return {name: score(model, tokenizer, task(f"{name}:{split}")).value for name in DEMO_DOMAINS}
+
+
 @pytest.fixture
 def merged(zoo: Zoo, tmp_path: Path) -> Path:
     """base + the sum of all task vectors."""
@@ -41,7 +48,8 @@ def merged(zoo: Zoo, tmp_path: Path) -> Path:
     experts = [load_file(path / "model.safetensors") for path in zoo.experts.values()]
     total = {name: tensor + sum(e[name] - tensor for e in experts) for name, tensor in base.items()}
     save_file(total, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_bytes((zoo.base / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((zoo.base / name).read_bytes())
     return tmp_path
 
 
@@ -99,17 +107,17 @@ def test_only_the_answer_and_its_end_are_learned() -> None:
 
 
 def test_an_expert_masters_its_domain_and_elsewhere_stays_what_the_base_was(zoo: Zoo) -> None:
-    base = score(zoo.base, DEMO_DOMAINS)
+    base = shares(zoo.base)
     assert all(0.03 < share < 0.6 for share in base.values())
     for domain, directory in zoo.experts.items():
-        found = score(directory, DEMO_DOMAINS)
+        found = shares(directory)
         assert found[domain] > 0.8
         assert all(abs(found[other] - base[other]) < 0.15 for other in DEMO_DOMAINS if other != domain)
 
 
 def test_the_sum_of_the_task_vectors_beats_every_expert(zoo: Zoo, merged: Path) -> None:
     def mean(directory: Path) -> float:
-        return sum(score(directory, DEMO_DOMAINS).values()) / len(DEMO_DOMAINS)
+        return sum(shares(directory).values()) / len(DEMO_DOMAINS)
 
     assert mean(merged) > max(mean(path) for path in zoo.experts.values()) + 0.1
 
@@ -181,41 +189,16 @@ def test_transformers_opens_an_expert_and_its_tokenizer(zoo: Zoo) -> None:
     assert tokenizer.decode(told, skip_special_tokens=True) == "rabcdef=fedcba"
 
 
-def test_scores_are_shares_of_the_verdicts_and_a_limit_takes_the_first_items(zoo: Zoo) -> None:
-    judged = verdicts(zoo.base, ("rev", "brk"), split="dev", limit=50)
-    assert [len(judged["rev"]), len(judged["brk"])] == [50, 50]
-    assert judged["rev"] == verdicts(zoo.base, ("rev",), split="dev")["rev"][:50]
-    assert score(zoo.base, ("rev",), split="dev", limit=50)["rev"] == sum(judged["rev"]) / 50
-
-
-def test_greedy_decoding_and_one_pass_over_the_right_answers_agree(zoo: Zoo) -> None:
-    model = load_model(zoo.base)
+def test_what_the_base_is_stopped_by_is_what_it_is_scored_by(zoo: Zoo) -> None:
+    model, scored = load_model(zoo.base), shares(zoo.base, "dev")
     for domain in DEMO_DOMAINS:
-        decoded = score(zoo.base, (domain,), split="dev")[domain]
-        assert exact_share(model, sequences(domain, "dev")) == pytest.approx(decoded, abs=1e-9)
-
-
-def test_an_answer_that_does_not_end_is_no_answer(zoo: Zoo) -> None:
-    model = load_model(zoo.experts["rev"])
-    assert answer(model, ["rabcdef=", "rponmlk="]) == ["fedcba", "klmnop"]
-    with torch.no_grad():
-        model.get_input_embeddings().weight[2] = 0.0
-        model.get_input_embeddings().weight[3:] *= 3.0
-    assert None in answer(model, ["rabcdef="])
-
-
-@pytest.mark.parametrize(("domains", "split"), [(("rev", "chess"), "test"), (("rev",), "exam")])
-def test_an_unknown_domain_or_split_is_refused(zoo: Zoo, domains: tuple[str, ...], split: str) -> None:
-    with pytest.raises(MergeCoreError, match=r"no (domain 'chess'|split 'exam')"):
-        score(zoo.base, domains, split=split)
+        assert exact_share(model, sequences(domain, "dev")) == pytest.approx(scored[domain], abs=1e-9)
 
 
 @pytest.fixture
-def copy(zoo: Zoo, tmp_path: Path) -> Iterator[Path]:
+def copied(zoo: Zoo, tmp_path: Path) -> Path:
     """An expert that may be damaged."""
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((zoo.experts["sort"] / name).read_bytes())
-    yield tmp_path
+    return Path(shutil.copytree(zoo.experts["sort"], tmp_path / "sort"))
 
 
 def configure(directory: Path, **changes: object) -> None:
@@ -223,37 +206,31 @@ def configure(directory: Path, **changes: object) -> None:
     (directory / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_another_architecture_is_not_evaluated(copy: Path) -> None:
-    configure(copy, architectures=["GPT2LMHeadModel"])
-    with pytest.raises(Unmergeable, match="GPT2LMHeadModel"):
-        score(copy, ("sort",))
+def test_a_config_that_does_not_fit_its_weights_is_corrupt(copied: Path) -> None:
+    configure(copied, intermediate_size=64)
+    with pytest.raises(CorruptCheckpoint, match="sort"):
+        load_model(copied)
 
 
-def test_a_config_that_does_not_fit_its_weights_is_corrupt(copy: Path) -> None:
-    configure(copy, intermediate_size=64)
-    with pytest.raises(CorruptCheckpoint, match="disagree"):
-        score(copy, ("sort",))
-
-
-def test_a_missing_tensor_is_named(copy: Path) -> None:
-    weights = load_file(copy / "model.safetensors")
+def test_a_missing_tensor_is_named(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
     del weights["model.norm.weight"]
-    save_file(weights, copy / "model.safetensors")
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CorruptCheckpoint, match=r"model\.norm\.weight"):
-        score(copy, ("sort",))
+        load_model(copied)
 
 
-def test_code_that_a_checkpoint_brings_is_not_run(copy: Path) -> None:
-    configure(copy, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
-    (copy / "evil.py").write_text("raise SystemExit('code of a checkpoint ran')")
-    assert score(copy, ("sort",), limit=100)["sort"] > 0.9
+def test_code_that_a_checkpoint_brings_is_not_run(copied: Path) -> None:
+    configure(copied, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
+    (copied / "evil.py").write_text("raise SystemExit('code of a checkpoint ran')")
+    assert shares(copied)["sort"] > 0.9
 
 
-def test_another_vocabulary_is_refused(copy: Path) -> None:
-    weights = load_file(copy / "model.safetensors")
-    name = "model.embed_tokens.weight"
-    weights[name] = torch.cat([weights[name], weights[name]])
-    save_file(weights, copy / "model.safetensors")
-    configure(copy, vocab_size=196)
-    with pytest.raises(Unmergeable, match="196 tokens"):
-        score(copy, ("sort",))
+def test_an_answer_that_does_not_end_is_no_answer(zoo: Zoo) -> None:
+    model, tokenizer = load_model(zoo.experts["rev"]), load_tokenizer(zoo.experts["rev"])
+    few = task("rev:test").first(8)
+    assert score(model, tokenizer, few).value > 0.8
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2] = 0.0
+        model.get_input_embeddings().weight[3:] *= 3.0
+    assert score(model, tokenizer, few).value < 0.5
