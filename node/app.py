@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from node.catalog.shelf import Added, Shelf
     from node.config import Config
     from node.domain.ticket import Ticket
+    from node.evaluation import Measuring
     from node.jobs.runner import JobView
     from node.merging.check import Checked
     from node.merging.evolve import Search
@@ -434,13 +435,27 @@ def zoo(seed: int, *, on_event: Callable[[dict[str, Any]], None]) -> dict[str, A
     return asyncio.run(process.run("zoo", request, on_event=on_event))
 
 
-def evaluate(models: dict[str, str], domains: list[str]) -> dict[str, Any]:
-    """Exact match of each model on each of the zoo's domains."""
-    from node.worker import process
+def evaluate(
+    models: dict[str, Path], how: Measuring, *, on_event: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Score models side by side, as `node.evaluation` says."""
+    from node import evaluation
 
-    request = {"models": models, "domains": domains}
-    scores: dict[str, Any] = asyncio.run(process.run("evaluate", request, on_event=lambda event: None))
-    return dict(scores["scores"])
+    return asyncio.run(evaluation.evaluate(models, how, on_event=on_event))
+
+
+def expect_writable(path: Path) -> None:
+    """Raise LocalError where a file cannot be written, before the work whose result it takes."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise LocalError(f"{path} cannot be written", hint=f"ls -ld {folder}")
+
+
+def write(path: Path, text: str) -> None:
+    """Put text into a file of the person's, at once."""
+    from merge_core import files
+
+    files.replace(path.absolute(), text.encode())
 
 
 def write_settings(home: Home, settings: Config) -> None:

@@ -69,6 +69,11 @@ class Speller:
             ids, start = [*opening, *whole.ids], len(opening) + own
             if start == 0 and not before and ids:  # nothing comes before the first token: it is given
                 start, text = 1, text[ends[0] :]
+            if _drops(whole.offsets, len(before + text)):
+                raise Unmergeable(
+                    f"the tokenizer drops characters of item {len(found) + 1}: they would cost nothing",
+                    hint="choose a task in characters that the tokenizer knows",
+                )
             found.append(self._checked(ids, start, text, len(found)))
         return found
 
@@ -77,7 +82,10 @@ class Speller:
 
     def _checked(self, ids: list[int], start: int, text: str, index: int) -> Spelled:
         if not 0 < start < len(ids) or not text:
-            raise Unmergeable(f"the tokenizer has too few tokens for the texts of item {index + 1}")
+            raise Unmergeable(
+                f"the tokenizer has too few tokens for the texts of item {index + 1}",
+                hint="choose a task in characters that the tokenizer knows",
+            )
         if max(ids) >= self._vocabulary:
             raise Unmergeable("the tokenizer knows tokens that the model does not")
         return Spelled(asked=Asked(ids=ids, start=start), bytes=len(text.encode()))
@@ -86,6 +94,16 @@ class Speller:
         """What `more` tokens add to the text of those before."""
         before = self._tokenizer.decode(list(context))
         return self._tokenizer.decode([*context, *more]).removeprefix(before)
+
+
+def _drops(offsets: Sequence[tuple[int, int]], length: int) -> bool:
+    """Whether some character has no token; where one is dropped, the library may count offsets without it."""
+    reached = 0
+    for first, last in offsets:
+        if first > reached:
+            return True
+        reached = max(reached, last)
+    return reached < length
 
 
 def is_answer(wanted: str, text: str, *, ended: bool) -> bool | None:

@@ -173,11 +173,20 @@ class Story:
     def score(self) -> None:
         """Score base, experts and merge on items that nothing was trained on."""
         from node import app
+        from node.evaluation import Measuring
 
         _step("Score", "exact match in percent on 400 unseen items of each task")
-        models = {name: str(path) for name, path in self.models.items()} | {"merged": str(self.merged)}
-        scores: dict[str, dict[str, float]] = app.evaluate(models, list(self.models)[1:])
         domains = list(self.models)[1:]
+        found = app.evaluate(
+            {**self.models, "merged": self.merged},
+            Measuring(tasks=tuple(f"{domain}:test" for domain in domains)),
+            on_event=lambda event: None,
+        )
+        shares = dict(zip(domains, (row["values"] for row in found["tasks"]), strict=True))
+        scores = {
+            model["name"]: {domain: shares[domain][place] for domain in domains}
+            for place, model in enumerate(found["models"])
+        }
         rows = [
             (name, *(f"{100 * found[d]:.1f}" for d in domains), f"{100 * _mean(found):.1f}")
             for name, found in scores.items()

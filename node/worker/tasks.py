@@ -5,7 +5,6 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
 
     zoo          {directory, seed, size}                       -> {base, experts: {name: directory}}
     catalogue    {directory, seed}                             -> {experts: {name: directory}, merges}
-    evaluate     {models: {name: directory}, domains, split?, limit?} -> {scores: {name: {domain: share}}}
     fingerprint  {input, output}                               -> {digest, size}
     merge        {plan, inputs, target, journal, output, threads?}
                  -> {model_id, manifest, leaves, trace, report}
@@ -13,6 +12,7 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
     audit        {plan, trace, inputs, manifest, leaves}
                  -> {checked, failed: [[tensor, leaf]], failures, trace_ok, files_ok}
 
+    evaluate               see `node.worker.evaluation`
     evolve, candidates     see `node.worker.evolution`
 
 An `input` is {directory, manifest, leaves, hashed?}: a checkpoint, the paths of its manifest and leaf table,
@@ -38,6 +38,7 @@ from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.memory import THREADS
 from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
+from node.worker.evaluation import evaluate
 from node.worker.messages import Emit
 
 if TYPE_CHECKING:
@@ -76,23 +77,6 @@ def catalogue(request: Request, emit: Emit) -> Result:
     labels = measure(opened, on_progress=tell)
     experts = {name: str(listed.directory) for name, listed in opened.experts.items()}
     return {"experts": experts, "merges": len(labels.merges)}
-
-
-def evaluate(request: Request, emit: Emit) -> Result:
-    """Score each model by exact match on each domain."""
-    from merge_core.evaluation.exact_match import score
-
-    scores: dict[str, dict[str, float]] = {}
-    models: dict[str, str] = request["models"]
-    for done, (name, directory) in enumerate(models.items()):
-        emit({"kind": "progress", "what": f"score {name}", "done": done, "total": len(models)})
-        scores[name] = score(
-            Path(directory),
-            tuple(request["domains"]),
-            split=request.get("split", "test"),
-            limit=request.get("limit"),
-        )
-    return {"scores": scores}
 
 
 def fingerprint(request: Request, emit: Emit) -> Result:

@@ -25,10 +25,12 @@ from merge_core import recipe
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.digest import ModelId
-from merge_core.evaluation.exact_match import verdicts
+from merge_core.evaluation.loading import load_model, load_tokenizer
+from merge_core.evaluation.scoring import score
 from merge_core.functional import output_files
 from merge_core.plan import MergePlan
 from merge_core.resolve import ModelHeader, draft, header_of
+from merge_core.zoo.tasks import task
 from node.worker import process
 
 BOOTSTRAP_SEED = 20_240_917
@@ -123,11 +125,17 @@ def prepare(models: Mapping[str, Path], target: Path, work: Path) -> tuple[Merge
 def judge(seed: int, models: Mapping[str, Path]) -> Judged:
     """Right or wrong for every test item of every domain that there is an expert for."""
     domains = tuple(name for name in models if name not in ("base", "merged"))
-    judged = {name: verdicts(path, domains) for name, path in models.items()}
+    judged = {name: verdicts(path, models["base"], domains) for name, path in models.items()}
     for name, answers in judged.items():
         shares = "  ".join(f"{domain} {np.mean(right):6.1%}" for domain, right in answers.items())
         tell(f"seed {seed}  {name:8} {shares}  mean {np.mean([np.mean(r) for r in answers.values()]):6.1%}")
     return judged
+
+
+def verdicts(directory: Path, base: Path, domains: Sequence[str]) -> dict[str, tuple[bool, ...]]:
+    """Right or wrong for each item by domain; the base has the tokenizer of all."""
+    model, tokenizer = load_model(directory), load_tokenizer(base)
+    return {domain: score(model, tokenizer, task(f"{domain}:test")).hits for domain in domains}
 
 
 def report(

@@ -319,6 +319,14 @@ def test_texts_that_the_tokenizer_has_no_tokens_for_are_named(prompt: str, answe
         score(bare, spelled(opens=False), Task(name="far", metric=Metric.EXACT_MATCH, items=items))
 
 
+@pytest.mark.parametrize("text", ["xab", "axb", "abx"])
+def test_characters_that_the_tokenizer_drops_are_not_predicted_for_free(text: str) -> None:
+    for item in (Item(prompt="", answer=text), Item(prompt="ab", answer=text)):
+        task = Task(name="x", metric=Metric.BITS_PER_BYTE, items=(item,))
+        with pytest.raises(Unmergeable, match="drops characters of item 1"):
+            score(model("llama"), spelled(), task)
+
+
 def test_an_answer_that_the_tokenizer_spells_in_part_is_never_given() -> None:
     kind = "llama"
     task, verdicts = exact(kind)
