@@ -21,10 +21,10 @@ CHUNK_ELEMENTS = 1 << 19
 THREADS = 2
 """Threads of a merge unless it is told otherwise."""
 
-HELD = 96 << 20
-"""Bytes of a tensor's operands, as stored, up to which they are read once and not for every pass."""
+_HELD = 96 << 20
+"""Bytes of a tensor's operands, as stored, up to which they may stay in memory from pass to pass."""
 
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 17
 """Elements that a kernel computes at once: they and its temporaries fit the cache of a core."""
 
 _PROCESS = 160 << 20
@@ -43,13 +43,13 @@ def peak(steps: Sequence[Step], inputs: Sequence[Mapping[str, TensorInfo]], *, t
     """An upper bound, in bytes, for the process that runs steps over inputs with these tensors."""
     tensors = [tensor for step in steps for tensor in step.tensors]
     compiled = all(find(name).compiled for name in {t.operator for t in tensors} - {COPY.name})
-    working, held = (
+    working, staying = (
         sum(max((of(tensor, inputs, steps) for tensor in step.tensors), default=0) for step in steps)
-        for of in (_working_set, _held)
+        for of in (_working_set, _staying)
     )
     fixed = _PROCESS + (0 if compiled else _TORCH) + len(tensors) * _TENSOR
     fixed += _TOKENS if any(step.tokenizer for step in steps) else 0
-    return fixed + held + threads * (_THREAD + working)
+    return fixed + staying + threads * (_THREAD + working)
 
 
 def fit(
@@ -75,6 +75,12 @@ def fit(
     )
 
 
+def held(tensor: TensorPlan, size: int) -> bool:
+    """Whether operands of `size` bytes stay in memory from pass to pass; for one pass that does not pay."""
+    passes = 0 if tensor.operator == COPY.name else find(tensor.operator).passes(tensor.parameters)
+    return passes > 1 and size <= _HELD
+
+
 def _working_set(
     tensor: TensorPlan, inputs: Sequence[Mapping[str, TensorInfo]], steps: Sequence[Step]
 ) -> int:
@@ -96,12 +102,10 @@ def _working_set(
     return stored + measured + computed + elements * dtypes.SIZES[tensor.dtype]
 
 
-def _held(tensor: TensorPlan, inputs: Sequence[Mapping[str, TensorInfo]], steps: Sequence[Step]) -> int:
+def _staying(tensor: TensorPlan, inputs: Sequence[Mapping[str, TensorInfo]], steps: Sequence[Step]) -> int:
     """What all threads hold together of a tensor that is read more than once, in bytes."""
-    if tensor.operator == COPY.name or not find(tensor.operator).passes(tensor.parameters):
-        return 0
     size = sum(info.length for info in _operands(tensor, inputs, steps))
-    return size + len(tensor.operands) * merkle.LEAF_SIZE if size <= HELD else 0
+    return size + len(tensor.operands) * merkle.LEAF_SIZE if held(tensor, size) else 0
 
 
 def _operands(

@@ -18,7 +18,7 @@ from merge_core.checkpoint.finite import finite
 from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.pool import Pool
-from merge_core.memory import BLOCK_ELEMENTS, CHUNK_ELEMENTS, HELD
+from merge_core.memory import BLOCK_ELEMENTS, CHUNK_ELEMENTS, held
 from merge_core.operators import COPY, convert, find
 from merge_core.operators.base import Array, Chunk, Stored, Traced
 from merge_core.operators.scratch import scratch
@@ -156,8 +156,8 @@ class Work:
 
     def _hold(self) -> None:
         """From now on read every operand once, where all of them are small enough to stay in memory."""
-        sizes = [source.tensors[name].length for name, source, _ in self._operands]
-        if self.pieces > 1 and sum(sizes) <= HELD:
+        size = sum(source.tensors[name].length for name, source, _ in self._operands)
+        if self.pieces > 1 and held(self.tensor, size):
             self._operands = [
                 (name, _Held(source, name, f"held {self._depth}.{index}"), dtype)
                 for index, (name, source, dtype) in enumerate(self._operands)

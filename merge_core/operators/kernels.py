@@ -233,21 +233,14 @@ def count_lower(x: Any, base: Any, upper: Any, counts: Any) -> None:
 
 
 @kernel
-def equal_to(x: Any, base: Any, level: Any, out: Any) -> Any:
-    """Write the indices, ascending, at which |x − base| equals `level`; how many these are."""
-    found, values = 0, np.empty(BLOCK, np.float32)
+def equal_to(x: Any, base: Any, level: Any, out: Any) -> None:
+    """Whether |x − base| equals `level`."""
+    values = np.empty(BLOCK, np.float32)
     for start in range(0, x.size, BLOCK):
-        block = values[: min(BLOCK, x.size - start)]
+        block, equal = values[: min(BLOCK, x.size - start)], out[start : start + BLOCK]
         distances(x, base, start, block)
-        count = 0
         for i in range(block.size):
-            count += block[i] == level
-        if count:
-            for i in range(block.size):
-                if block[i] == level:
-                    out[found] = start + i
-                    found += 1
-    return found
+            equal[i] = block[i] == level
 
 
 @kernel

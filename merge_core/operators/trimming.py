@@ -179,9 +179,9 @@ def _locate(
         hits: dict[int, list[NDArray[np.int64]]] = {at: [] for at in thresholds}
         for block in chunk.blocks():
             for at, bits in thresholds.items():
-                indices = scratch("indices", len(block), np.int64)
-                count = kernels.equal_to(*sought[at](block), np.uint32(bits).view(np.float32), indices)
-                hits[at].append(indices[:count] + block.start)
+                equal = scratch("equal", len(block), np.bool_)
+                kernels.equal_to(*sought[at](block), np.uint32(bits).view(np.float32), equal)
+                hits[at].append(np.flatnonzero(equal) + block.start)
         return {at: np.concatenate(indices) for at, indices in hits.items()}
 
     for hits in stream.map(at_threshold):
