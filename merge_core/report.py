@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from merge_core.checkpoint.layout import Role, place
@@ -58,9 +59,12 @@ class Norms:
         """Take in a block of a piece: the operands as they were merged, and what came of them."""
         from merge_core.operators import kernels
 
-        known = self._squares.setdefault((tensor, piece), [0.0] * (1 + len(operands)))
-        for index, array in enumerate((output, *operands)):
-            known[index] += kernels.square_sum(array)
+        found = np.empty(1 + len(operands), np.float64)
+        kernels.square_sums((output,), found[:1])
+        kernels.square_sums(tuple(operands), found[1:])
+        known = self._squares.setdefault((tensor, piece), [0.0] * len(found))
+        for index, squares in enumerate(found.tolist()):
+            known[index] += squares
 
     def taken(self) -> dict[str, tuple[float, ...]]:
         """The norms of each tensor that was observed: its own, then its operands'."""

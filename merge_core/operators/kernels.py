@@ -108,23 +108,25 @@ def weighted_sum(arrays: Any, weights: Any, out: Any) -> None:
 
 
 @kernel
-def square_sum(x: Any) -> Any:
-    """Σx² in float64, of sums in float32 of at most 16 squares in 256 lanes."""
-    total, lanes = 0.0, np.empty(256, np.float32)
-    for start in range(0, x.size, BLOCK):
-        block = x[start : start + BLOCK]
-        lanes[:] = 0.0
-        whole = block.size // 256 * 256
-        for at in range(0, whole, 256):
-            part = block[at : at + 256]
+def square_sums(arrays: Any, out: Any) -> None:
+    """Σx² of each of the `arrays` in float64, of sums in float32 of at most 16 squares in 256 lanes."""
+    lanes = np.empty(256, np.float32)
+    for k in range(len(arrays)):
+        x, total = arrays[k], 0.0
+        for start in range(0, x.size, BLOCK):
+            block = x[start : start + BLOCK]
+            lanes[:] = 0.0
+            whole = block.size // 256 * 256
+            for at in range(0, whole, 256):
+                part = block[at : at + 256]
+                for i in range(256):
+                    value = f32(part[i])
+                    lanes[i] = lanes[i] + value * value
+            for i in range(whole, block.size):
+                lanes[i - whole] = lanes[i - whole] + f32(block[i]) * f32(block[i])
             for i in range(256):
-                value = f32(part[i])
-                lanes[i] = lanes[i] + value * value
-        for i in range(whole, block.size):
-            lanes[i - whole] = lanes[i - whole] + f32(block[i]) * f32(block[i])
-        for i in range(256):
-            total += np.float64(lanes[i])
-    return total
+                total += np.float64(lanes[i])
+        out[k] = total
 
 
 @kernel
