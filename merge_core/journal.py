@@ -58,12 +58,9 @@ class Journal:
 
     def add(self, tensor: str, finished: Finished) -> None:
         """Append a finished tensor; it outlives the process from here on."""
-        line = {
-            "tensor": tensor,
-            "leaves": b"".join(finished.leaves).hex(),
-            "trace": write_values(finished.traced),
-        }
-        self._file.write(canonical(line) + b"\n")
+        leaves, trace = b"".join(finished.leaves).hex(), canonical(write_values(finished.traced))
+        # Spelled here, since no name of a tensor needs care: models have many tensors.
+        self._file.write(f'{{"leaves":"{leaves}","tensor":"{tensor}","trace":{trace.decode()}}}\n'.encode())
         self._file.flush()
 
     def _load(self) -> dict[str, Finished]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -352,20 +352,21 @@ def _tensor(item: Any, sources: int, base: int | None) -> TensorPlan:
     operator = find(item["operator"])
     if operator is not COPY and dtype not in dtypes.MERGEABLE:
         raise ValueError(f"no arithmetic gives {dtype}: {name}")
+    operands = tuple(_operand(operand, name, sources) for operand in item["operands"])
+    experts = len(operands) - operator.needs_base
+    least, most = operator.experts
+    if not least <= experts <= (MAX_INPUTS if most is None else most):
+        raise ValueError(f"the number of operands of {name}")
+    if operator.needs_base and base is not None and operands[0].source != base:
+        raise ValueError(f"{name} does not begin with the base")
     tensor = TensorPlan(
         name=name,
         dtype=dtype,
         shape=tuple(shape),
         operator=operator.name,
-        operands=tuple(_operand(operand, name, sources) for operand in item["operands"]),
-        parameters={},
+        operands=operands,
+        parameters=_parameters(item["parameters"], operator, experts),
     )
-    least, most = operator.experts
-    if not least <= tensor.experts <= (MAX_INPUTS if most is None else most):
-        raise ValueError(f"the number of operands of {name}")
-    if operator.needs_base and base is not None and tensor.operands[0].source != base:
-        raise ValueError(f"{name} does not begin with the base")
-    tensor = replace(tensor, parameters=_parameters(item["parameters"], operator, tensor.experts))
     if tensor.fault:
         raise ValueError(f"{name}: {tensor.fault}")
     return tensor
@@ -420,7 +421,7 @@ def _index(value: Any, count: int) -> int:
 
 
 def _keys(item: Any, expected: set[str], optional: frozenset[str] | set[str] = frozenset()) -> None:
-    if not isinstance(item, dict) or not expected <= set(item) <= expected | optional:
+    if not isinstance(item, dict) or not expected <= item.keys() <= expected | optional:
         raise ValueError(f"expected exactly the keys {sorted(expected)}")
 
 

@@ -30,6 +30,7 @@ MAX_HEADER = 8 << 20
 PREFIX = 8
 METADATA = "__metadata__"
 
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _MAX_INTEGER = 2**53 - 1
 _ODD_NUMBER = re.compile(r"-|[0-9]{16}")
 """What is in any text with a number that is negative or not below 2^53."""
@@ -207,7 +208,7 @@ def _metadata(value: Any) -> Mapping[str, str]:
 def _span(name: str, item: Any, base: int) -> Span:
     if not TENSOR_NAME.fullmatch(name):
         raise ValueError(f"tensor name {name[:80]!r}")
-    if not isinstance(item, dict) or item.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(item, dict) or item.keys() != _FIELDS:
         raise ValueError(f"{name} does not have exactly the fields dtype, shape, data_offsets")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes.SIZES:
