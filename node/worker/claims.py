@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from merge_core.checkpoint import merkle
-from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest
+from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest, files_of
 from merge_core.checkpoint.published import read_bounded
+from merge_core.checkpoint.reader import read_recorded
+from merge_core.digest import ModelId, sha256
 
 
-def claims(described: Mapping[str, Any]) -> tuple[Manifest, LeafTable]:
-    """Read both; raises CorruptCheckpoint where they are not what they should be."""
-    manifest = Manifest.parse(read_bounded(Path(described["manifest"]), MAX_MANIFEST))
-    size = merkle.DIGEST_SIZE * sum(tensor.leaf_count for tensor in manifest.tensors)
-    return manifest, LeafTable.parse(manifest, read_bounded(Path(described["leaves"]), size))
+class Claims:
+    """A manifest and a leaf table, parsed when they are asked: files that are as they were need neither.
+
+    Raises CorruptCheckpoint then, where they are not exact or do not belong together.
+    """
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        self.data = read_bounded(Path(described["manifest"]), MAX_MANIFEST)
+        self.model_id = ModelId(sha256(self.data))
+        self._leaves = Path(described["leaves"])
+
+    def __getitem__(self, tensor: str) -> Sequence[bytes]:
+        return self.leaves[tensor]
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest, every check done."""
+        return Manifest.parse(self.data)
+
+    @cached_property
+    def leaves(self) -> LeafTable:
+        """The leaf table, which proves every root of the manifest."""
+        return LeafTable.parse(self.manifest, read_bounded(self._leaves, LeafTable.size(self.manifest)))
+
+    def files(self, directory: Path) -> dict[str, bytes]:
+        """The functional files, once it is known that the manifest is the one that a plan names."""
+        return read_recorded(directory, files_of(self.data))

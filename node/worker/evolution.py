@@ -12,7 +12,7 @@ nothing new is tried: the best of what the journal has is settled.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_core import recipe as recipes
-from merge_core.checkpoint.manifest import Manifest
-from merge_core.checkpoint.reader import Checkpoint, FileStamp, read_functional
+from merge_core.checkpoint.reader import Checkpoint, FileStamp
 from merge_core.digest import Digest, canonical, sha256
 from merge_core.evaluation import tasks as evaluation
 from merge_core.evaluation.tasks import Task
@@ -34,7 +33,7 @@ from merge_core.evolution.record import Judged, SearchRecord
 from merge_core.evolution.run import Evolution, Found, Generation
 from merge_core.recipe import Recipe, rename
 from merge_core.resolve import ModelHeader, header_of
-from node.worker.claims import claims
+from node.worker.claims import Claims
 from node.worker.crew import Crew, questions
 from node.worker.messages import Emit
 
@@ -115,7 +114,7 @@ def _known(inputs: Mapping[str, Request]) -> tuple[dict[str, ModelHeader], dict[
     for reference, described in inputs.items():
         with Checkpoint.open(Path(described["directory"])) as checkpoint:
             headers[reference] = header_of(checkpoint)
-        ids[reference] = str(claims(described)[0].model_id)
+        ids[reference] = str(Claims(described).manifest.model_id)
     return headers, ids
 
 
@@ -207,22 +206,19 @@ def _opened(inputs: Mapping[str, Request]) -> Iterator[dict[str, Any]]:
         models: dict[str, Model] = {}
         for reference, described in inputs.items():
             directory = Path(described["directory"])
-            manifest, leaves = claims(described)
+            claims = Claims(described)
             checkpoint = stack.enter_context(Checkpoint.open(directory))
             hashed = [FileStamp(*stamp) for stamp in described.get("hashed", ())]
             models[reference] = Model(
                 header=header_of(checkpoint),
-                model_id=manifest.model_id,
+                model_id=claims.manifest.model_id,
                 material=Material(
-                    tensors=MappedSource(checkpoint, leaves, hashed=hashed), files=_files(directory, manifest)
+                    tensors=MappedSource(checkpoint, claims.leaves, hashed=hashed),
+                    files=partial(claims.files, directory),
                 ),
                 directory=directory,
             )
         yield models
-
-
-def _files(directory: Path, manifest: Manifest) -> Callable[[], Mapping[str, bytes]]:
-    return partial(read_functional, directory, manifest)
 
 
 def _device(rank: int) -> str:

@@ -25,19 +25,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_core import files
-from merge_core.checkpoint.manifest import MAX_MANIFEST, LeafTable, Manifest, files_of
 from merge_core.checkpoint.published import read_bounded
-from merge_core.checkpoint.reader import Checkpoint, FileStamp, VerifiedSource, read_recorded
-from merge_core.digest import ModelId, sha256
+from merge_core.checkpoint.reader import Checkpoint, FileStamp, VerifiedSource
+from merge_core.digest import sha256
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.memory import THREADS
 from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
+from node.worker.claims import Claims
 from node.worker.evaluation import evaluate
 from node.worker.messages import Emit
 
@@ -83,7 +83,7 @@ def fingerprint(request: Request, emit: Emit) -> Result:
     """Sketch a measured checkpoint, every leaf hashed again as it is read, into the file `output`."""
     from merge_core.simmerge import compute
 
-    claims = _Claims(request["input"])
+    claims = Claims(request["input"])
     with _opened(request["input"], claims) as source:
         total = claims.manifest.size
         sketch = compute(source, claims.model_id, on_progress=_counter(emit, "sketch", total))
@@ -156,7 +156,7 @@ def audit(request: Request, emit: Emit) -> Result:
 
     plan = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN))
     trace = Trace.parse(plan, read_bounded(Path(request["trace"]), MAX_TRACE))
-    claims = _Claims(request)
+    claims = Claims(request)
     with _inputs(plan, request["inputs"]) as inputs:
         report = execute.audit(
             plan,
@@ -175,33 +175,6 @@ def audit(request: Request, emit: Emit) -> Result:
     }
 
 
-class _Claims:
-    """A manifest and a leaf table, parsed when they are asked: files that are as they were need neither.
-
-    Raises CorruptCheckpoint then, where they are not exact or do not belong together.
-    """
-
-    def __init__(self, described: Request) -> None:
-        self.data = read_bounded(Path(described["manifest"]), MAX_MANIFEST)
-        self.model_id = ModelId(sha256(self.data))
-        self._leaves = Path(described["leaves"])
-
-    def __getitem__(self, tensor: str) -> Sequence[bytes]:
-        return self.leaves[tensor]
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        return Manifest.parse(self.data)
-
-    @cached_property
-    def leaves(self) -> LeafTable:
-        return LeafTable.parse(self.manifest, read_bounded(self._leaves, LeafTable.size(self.manifest)))
-
-    def files(self, directory: Path) -> dict[str, bytes]:
-        """The functional files, once it is known that the manifest is the one that a plan names."""
-        return read_recorded(directory, files_of(self.data))
-
-
 @contextmanager
 def _inputs(plan: MergePlan, described: Sequence[Request]) -> Iterator[list[Material]]:
     """The plan's inputs; raises CorruptCheckpoint where one, or a file of it, is not what the plan names."""
@@ -212,7 +185,7 @@ def _inputs(plan: MergePlan, described: Sequence[Request]) -> Iterator[list[Mate
     with ExitStack() as stack:
         materials = []
         for wanted, item in zip(plan.inputs, described, strict=True):
-            claims = _Claims(item)
+            claims = Claims(item)
             if claims.model_id != wanted:
                 raise CorruptCheckpoint(f"the plan names {wanted}; its input is {claims.model_id}")
             source = stack.enter_context(_opened(item, claims))
@@ -221,7 +194,7 @@ def _inputs(plan: MergePlan, described: Sequence[Request]) -> Iterator[list[Mate
 
 
 @contextmanager
-def _opened(described: Request, claims: _Claims) -> Iterator[VerifiedSource]:
+def _opened(described: Request, claims: Claims) -> Iterator[VerifiedSource]:
     """An input's verified bytes; raises CorruptCheckpoint where they do not fit the claims."""
     with Checkpoint.open(Path(described["directory"])) as checkpoint:
         hashed = [FileStamp(*stamp) for stamp in described.get("hashed", ())]
