@@ -72,7 +72,7 @@ def evolve(
 
     chosen = _listed(operators)
     search = Search(
-        tasks=_named(tasks),
+        tasks=_named(tasks, needed=True),
         reported=_named(report_tasks),
         shape=Shape(
             groups=groups or bool(chosen), components=components, densities=densities, operators=chosen
@@ -95,9 +95,12 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _named(text: str) -> tuple[str, ...]:
+def _named(text: str, *, needed: bool = False) -> tuple[str, ...]:
     """Tasks as they are named; files by where they lie, wherever the worker stands."""
-    return tuple(str(Path(n).absolute()) if n.endswith(".jsonl") else n for n in _listed(text))
+    names = tuple(str(Path(n).absolute()) if n.endswith(".jsonl") else n for n in _listed(text))
+    if needed and not names:
+        raise typer.BadParameter("no tasks are named; write --tasks rev:dev,FILE.jsonl")
+    return names
 
 
 def _search_data(found: Data, directory: Path) -> Data:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core import files
+from merge_core.errors import MergeCoreError
 from merge_core.evolution.genome import Shape
 from merge_core.evolution.record import SearchRecord
 from merge_core.recipe import Recipe
@@ -91,9 +92,13 @@ async def seek(
             for position, (parent, here) in enumerate(zip(planned.parents, inputs, strict=True))
         }
         more = {"inputs": described, "processes": search.processes, "stop": stop}
-        found = await process.run(
-            "evolve", {**asked, **more, "journal": str(folder / "journal")}, on_event=on_event
-        )
+        try:
+            found = await process.run(
+                "evolve", {**asked, **more, "journal": str(folder / "journal")}, on_event=on_event
+            )
+        except MergeCoreError:
+            discard(target)  # trying again would end the same way
+            raise
     SearchRecord.parse(found["record"].encode())
     return found
 

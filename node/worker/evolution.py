@@ -56,8 +56,10 @@ def evolve(request: Request, emit: Emit) -> Request:
         Crew(_to_evaluate(request, Path(folder), tasks, reported), processes=request["processes"]) as crew,
     ):
         evolution = Evolution(genome, crew.ask, journal, seed=seed, budget=budget)
-        for generation in evolution.generations(known_only=request.get("stop", False)):
-            emit(_told(generation, genome))
+        stop = request.get("stop", False)
+        for generation in evolution.generations(known_only=stop):
+            if not stop:
+                emit(_told(generation, genome))
         emit({"kind": "settling"})
         found = evolution.settle()
         readings = _reported(crew, genome, found) if reported else []
