@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-catalogue catalogue conformance exactness clean
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-catalogue catalogue bench-candidates conformance exactness clean
 
 setup: $(READY)
 
@@ -50,6 +50,9 @@ bench-catalogue: setup
 
 catalogue: setup
 	@$(BIN)/python tests/bench/catalogue.py --build --seeds 0
+
+bench-candidates: setup
+	@$(BIN)/python tests/bench/candidates.py
 
 conformance: setup
 	@$(BIN)/python -m pytest -q -m "" tests/conformance
