@@ -436,12 +436,20 @@ def zoo(seed: int, *, on_event: Callable[[dict[str, Any]], None]) -> dict[str, A
 
 
 def evaluate(
-    models: dict[str, Path], how: Measuring, *, on_event: Callable[[dict[str, Any]], None]
+    home: Home,
+    models: dict[str, Path],
+    how: Measuring,
+    *,
+    attest: bool = False,
+    on_event: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Score models side by side, as `node.evaluation` says."""
+    """Score models side by side, as `node.evaluation` says; `attest` signs the scores as this node's."""
     from node import evaluation
 
-    return asyncio.run(evaluation.evaluate(models, how, on_event=on_event))
+    attesting = None
+    if attest:
+        attesting = evaluation.Attesting(identity=identity(home), hashes=hashes(home), now=time.time())
+    return asyncio.run(evaluation.evaluate(models, how, attesting=attesting, on_event=on_event))
 
 
 def expect_writable(path: Path) -> None:

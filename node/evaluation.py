@@ -1,20 +1,33 @@
-"""Evaluation: models side by side on tasks, and what a table of that says.
+"""Evaluation: models side by side on tasks, what a table of that says, and scores that are signed.
 
 The worker scores; what is best of a row, and how models do over all tasks of one metric, is worked out here.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from merge_core.checkpoint.manifest import MAX_MANIFEST
+from merge_core.checkpoint.published import MANIFEST_FILE
 from merge_core.checkpoint.reader import Checkpoint
+from merge_core.digest import Digest, ModelId
 from merge_core.evaluation import tasks
-from node.errors import UsageError
+from merge_core.evaluation.tasks import Metric
+from node.catalog.hashes import HashCache
+from node.errors import UsageError, VerificationFailed
+from node.identity.keyring import Identity
+from node.provenance import measurement
+from node.provenance.files import read_record
+from node.provenance.measurement import MAX_RESULTS, Measurement, Result
 
 Data = dict[str, Any]
+
+_TOOLS = ("weftmerge", "torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +40,20 @@ class Measuring:
     device: str = "auto"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attesting:
+    """Who signs what is measured, and when (Unix seconds); `hashes` spares hashing a model twice."""
+
+    identity: Identity
+    hashes: HashCache
+    now: float
+
+
 def named(directories: Sequence[Path]) -> dict[str, Path]:
-    """Directories by their own names, or as they were written where two have one name."""
+    """Directories by their own names, or as they were written where two have one name.
+
+    Raises UsageError where one is named twice.
+    """
     names = [path.resolve().name for path in directories]
     found = {
         name if names.count(name) == 1 else str(path): path
@@ -39,14 +64,23 @@ def named(directories: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-async def evaluate(models: Mapping[str, Path], how: Measuring, *, on_event: Callable[[Data], None]) -> Data:
+async def evaluate(
+    models: Mapping[str, Path],
+    how: Measuring,
+    *,
+    attesting: Attesting | None = None,
+    on_event: Callable[[Data], None],
+) -> Data:
     """Score models in a worker; the data that `weft eval --json` prints.
 
-    Raises InvalidTask on a task that there is not, CorruptCheckpoint and Unmergeable on models.
+    With `attesting` the scores are signed, and attached to each model. Raises InvalidTask on a task that
+    there is not, CorruptCheckpoint and Unmergeable on models, VerificationFailed on one that nothing can be
+    attached to.
     """
     from node.worker import process
 
     _look(models, how)
+    subjects = {name: _subject(path, attesting.hashes) for name, path in models.items()} if attesting else {}
     request = {
         "models": [[name, str(path.absolute())] for name, path in models.items()],
         "tasks": list(how.tasks),
@@ -55,11 +89,13 @@ async def evaluate(models: Mapping[str, Path], how: Measuring, *, on_event: Call
         "device": how.device,
     }
     rows = (await process.run("evaluate", request, on_event=on_event))["rows"]
-    return {
-        "models": [{"name": name, "directory": str(path.absolute())} for name, path in models.items()],
-        "tasks": [row | {"best": best(row)} for row in rows],
-        "summary": summary(rows),
-    }
+    told = [{"name": name, "directory": str(path.absolute())} for name, path in models.items()]
+    if attesting:
+        for place, (name, path) in enumerate(models.items()):
+            results = tuple(_result(row, place) for row in rows)
+            file = _attest(path, subjects[name], results, attesting)
+            told[place] |= {"model_id": str(subjects[name]), "attested": str(file.absolute())}
+    return {"models": told, "tasks": [row | {"best": best(row)} for row in rows], "summary": summary(rows)}
 
 
 def _look(models: Mapping[str, Path], how: Measuring) -> None:
@@ -68,8 +104,12 @@ def _look(models: Mapping[str, Path], how: Measuring) -> None:
         Checkpoint.open(path).close()
     names = [tasks.read(Path(wanted)).name if wanted.endswith(".jsonl") else wanted for wanted in how.tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
-    if twice or not names:
-        why = f"two tasks are called {twice}" if twice else "no task is named"
+    if twice or not 1 <= len(names) <= MAX_RESULTS:
+        why = (
+            f"two tasks are called {twice}"
+            if twice
+            else f"{len(names)} tasks are named, not 1 to {MAX_RESULTS}"
+        )
         raise UsageError(why, hint="weft eval --help")
 
 
@@ -98,3 +138,43 @@ def summary(rows: Sequence[Data]) -> list[Data]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _subject(directory: Path, hashes: HashCache) -> ModelId:
+    """Which model this is by its bytes; raises VerificationFailed unless its record says the same."""
+    with Checkpoint.open(directory) as checkpoint:
+        manifest = hashes.measure(checkpoint).manifest
+        if MANIFEST_FILE not in checkpoint.survey.records:
+            raise VerificationFailed(
+                f"{directory} has no record to attach scores to",
+                hint=f"weft add {directory} --json names a copy that has one",
+            )
+        if read_record(directory, checkpoint.survey, MANIFEST_FILE, MAX_MANIFEST) != manifest.to_bytes():
+            raise VerificationFailed(
+                f"{directory} is another model than its record", hint=f"weft verify {directory}"
+            )
+    return manifest.model_id
+
+
+def _result(row: Data, place: int) -> Result:
+    return Result(
+        task=unicodedata.normalize("NFC", row["task"]),
+        digest=Digest(row["digest"]),
+        metric=Metric(row["metric"]),
+        items=row["items"],
+        value=row["values"][place],
+    )
+
+
+def _attest(directory: Path, subject: ModelId, results: tuple[Result, ...], attesting: Attesting) -> Path:
+    """Sign the scores of one model and attach them; the file that holds them."""
+    if _subject(directory, attesting.hashes) != subject:
+        raise VerificationFailed(f"{directory} was changed while it was measured", hint="weft eval again")
+    found = Measurement(
+        model_id=subject,
+        measurer=attesting.identity.peer_id,
+        results=results,
+        tools={tool: metadata.version(tool) for tool in _TOOLS},
+        measured_at=int(attesting.now),
+    )
+    return measurement.attach(directory, measurement.sign(found, attesting.identity))

@@ -27,6 +27,7 @@ from merge_core.errors import CorruptCheckpoint
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECIPE_FILE = "mergekit_config.yml"
+EVALUATIONS_FILE = "weft.evaluations.jsonl"
 SIGNATURE_FILE = "model.sig"
 PROVENANCE_FILE = "provenance.dsse.json"
 AGREEMENTS_FILE = "weft.agreements.json"
@@ -49,6 +50,8 @@ RECORD_FILES = (
     TRACE_FILE,
 )
 """The files that publishing or merging adds."""
+MEASURED = "measured after publication; each of its lines carries a signature of its own"
+"""Why the file of evaluations is left out."""
 
 MAX_INDEX = 32 << 20
 MAX_FILES = 4096
@@ -86,6 +89,11 @@ class Survey:
         """All names but those left out and our own records, sorted."""
         return tuple(sorted((*self.weights, *self.functional, *self.other)))
 
+    @property
+    def strays(self) -> tuple[LeftOut, ...]:
+        """What is left out of a model and has no place beside it either."""
+        return tuple(item for item in self.left_out if item.why != MEASURED)
+
 
 def survey(directory: Path) -> Survey:
     """Sort the contents of a model directory; raises CorruptCheckpoint where there is no checkpoint."""
@@ -99,7 +107,8 @@ def survey(directory: Path) -> Survey:
     records = tuple(sorted(present.intersection(RECORD_FILES)))
     other = []
     for name in sorted(present.difference(weights, functional, records)):
-        why = _unpublished(name, sizes[name])
+        measured = name == EVALUATIONS_FILE and name not in links
+        why = MEASURED if measured else _unpublished(name, sizes[name])
         if why:
             left_out.append(LeftOut(name=name, why=why))
         else:

@@ -178,6 +178,7 @@ class Story:
         _step("Score", "exact match in percent on 400 unseen items of each task")
         domains = list(self.models)[1:]
         found = app.evaluate(
+            self.homes["node 2"],
             {**self.models, "merged": self.merged},
             Measuring(tasks=tuple(f"{domain}:test" for domain in domains)),
             on_event=lambda event: None,

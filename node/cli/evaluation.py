@@ -57,6 +57,9 @@ def evaluate(
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the scores there, as JSON.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first items of each task.")] = None,
+    attest: Annotated[
+        bool, typer.Option("--attest", help="Sign the scores and attach them; weft verify DIR shows them.")
+    ] = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=4096, show_default="64", help="Items at once; shows in no score.")
     ] = None,
@@ -66,13 +69,17 @@ def evaluate(
 ) -> None:
     """Score models side by side."""
     from node import app, evaluation
+    from node.home import Home
 
     how = evaluation.Measuring(tasks=references(tasks), limit=limit, batch_size=batch_size, device=device)
     models = evaluation.named(directories)
     if output is not None:
         app.expect_writable(output)
     with _counting(out) as on_event:
-        data = app.evaluate(models, how, on_event=on_event)
+        data = app.evaluate(Home.default(), models, how, attest=attest, on_event=on_event)
+    for model in data["models"]:
+        if "attested" in model:
+            out.say(f"Attested: [bold]weft verify {escape(model['directory'])}[/] shows it")
     if output is not None:
         app.write(output, json.dumps(data, indent=2) + "\n")
         out.say(f"The scores lie in [bold]{escape(str(output))}[/]")

@@ -11,5 +11,7 @@ attest      what a node does to publish: records, statement, signature
 verify      the green and red list over all of these
 lineage     the tree of ancestors that the statements span
 audit       the verdict of somebody who ran the merge again (VSA), kept beside the model
+measurement weft.evaluations.jsonl: what somebody measured of the model, line by line
+proven      a statement and its signer's record as one line
 files       records on disk: bounded, no links
 """

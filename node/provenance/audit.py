@@ -15,14 +15,13 @@ from typing import Any
 
 from merge_core.checkpoint.manifest import TENSOR_NAME
 from merge_core.checkpoint.published import MANIFEST_FILE, PROVENANCE_FILE
-from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical
+from merge_core.digest import Digest, ModelId, canonical, parse_canonical
 from node.domain import text
 from node.domain.ids import PeerId
 from node.errors import VerificationFailed
-from node.identity.binding import Binding
-from node.identity.envelopes import Envelope, open_envelope, seal
 from node.identity.keyring import Identity
 from node.provenance.files import append_line
+from node.provenance.proven import MAX_LINE, Proven
 from node.provenance.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 
 PREDICATE_TYPE = "https://slsa.dev/verification_summary/v1"
@@ -31,9 +30,9 @@ POLICY = "urn:weft:audit:full:v1"
 LEVEL = "WEFT_REEXECUTED"
 MAX_LISTED = 100
 """Failed leaves that a verdict names; `failed` counts all of them."""
-MAX_CLAIM = 256 << 10
 MAX_CLAIMS = 10_000
 
+_ROLE = "auditor"
 _MODEL = "urn:weft:model:"
 _PEER = "urn:weft:peer:"
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -129,32 +128,22 @@ class Claim:
     """A verdict with the auditor who signed it; one that exists is verified."""
 
     verdict: Verdict
-    auditor: Binding
-    envelope: Envelope
+    proven: Proven
 
     def to_bytes(self) -> bytes:
         """One line of claims.jsonl."""
-        record = parse_canonical(self.auditor.to_bytes())
-        return canonical({"version": 1, "envelope": self.envelope.to_json(), "auditor": record})
+        return self.proven.to_bytes(_ROLE)
 
     @classmethod
     def parse(cls, data: bytes) -> Claim:
         """Read a claim that may come from anybody, signatures verified; raises VerificationFailed."""
-        if len(data) > MAX_CLAIM:
-            raise VerificationFailed(f"a claim of {len(data)} bytes; at most {MAX_CLAIM} are read")
-        try:
-            value = text.fields(parse_canonical(data), {"version", "envelope", "auditor"})
-            check_version(value["version"], 1, "claim")
-            auditor = Binding.parse(canonical(value["auditor"]))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise VerificationFailed(f"not a claim: {error}") from error
-        envelope = Envelope.from_json(value["envelope"])
-        verdict = Verdict.parse(open_envelope(envelope, PAYLOAD_TYPE, auditor.publisher))
-        if verdict.auditor != auditor.peer_id:
+        proven = Proven.parse(data, PAYLOAD_TYPE, _ROLE)
+        verdict = Verdict.parse(proven.payload)
+        if verdict.auditor != proven.signer.peer_id:
             raise VerificationFailed("the verdict is signed by another peer than its auditor")
-        if not auditor.covers(verdict.audited_at):
+        if not proven.signer.covers(verdict.audited_at):
             raise VerificationFailed("the auditor's key was not valid at the time of the audit")
-        return cls(verdict=verdict, auditor=auditor, envelope=envelope)
+        return cls(verdict=verdict, proven=proven)
 
 
 def judge(
@@ -185,8 +174,7 @@ def claim(verdict: Verdict, identity: Identity) -> Claim:
     """Sign a verdict; raises ValueError when it is somebody else's."""
     if verdict.auditor != identity.peer_id:
         raise ValueError("a verdict is signed by its auditor")
-    envelope = seal(PAYLOAD_TYPE, verdict.to_bytes(), identity.publisher)
-    return Claim(verdict=verdict, auditor=identity.binding, envelope=envelope)
+    return Claim(verdict=verdict, proven=Proven.sign(PAYLOAD_TYPE, verdict.to_bytes(), identity))
 
 
 def append(path: Path, signed: Claim) -> None:
@@ -202,7 +190,7 @@ def read_claims(path: Path) -> Iterator[Claim]:
         return
     with file:
         for _ in range(MAX_CLAIMS):
-            line = file.readline(MAX_CLAIM + 2)
+            line = file.readline(MAX_LINE + 2)
             if not line:
                 return
             try:

@@ -5,9 +5,10 @@ SHA-256 of every file. What we read is narrower than the specification, because 
 (signed `ignore_paths`, paths outside the directory, names that the root digest does not bind):
 
 - method `files`, SHA-256, no symlinks, exactly one signature, by a P-256 key that the caller names;
-- `ignore_paths` name the signature itself and git's own files, nothing else;
+- `ignore_paths` name the signature itself, the file of evaluations and git's own files, nothing else;
 - names are plain (flat, NFC, unique also without case), sorted, and of a kind that is published;
-- the directory holds the files that are signed and `model.sig`: none missing, none more, no link, no folder.
+- the directory holds the files that are signed, `model.sig` and perhaps evaluations, whose lines carry
+  signatures of their own: none missing, none more, no link, no folder.
 
 https://github.com/ossf/model-signing-spec
 """
@@ -25,7 +26,7 @@ from types import MappingProxyType
 from typing import Any
 
 from merge_core.checkpoint import published
-from merge_core.checkpoint.published import SIGNATURE_FILE
+from merge_core.checkpoint.published import EVALUATIONS_FILE, SIGNATURE_FILE
 from merge_core.checkpoint.reader import file_digest
 from merge_core.digest import Digest
 from merge_core.errors import CorruptCheckpoint
@@ -40,7 +41,7 @@ _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
-_IGNORABLE = frozenset({SIGNATURE_FILE, ".git", ".gitattributes", ".github", ".gitignore"})
+_IGNORABLE = frozenset({SIGNATURE_FILE, EVALUATIONS_FILE, ".git", ".gitattributes", ".github", ".gitignore"})
 _HINT = "weft verify DIR lists what is wrong; fetch the model again from another holder"
 
 
@@ -111,7 +112,7 @@ def make_bundle(files: Mapping[str, Digest], publisher: PublisherKey, *, name: s
                 "method": "files",
                 "hash_type": "sha256",
                 "allow_symlinks": False,
-                "ignore_paths": [SIGNATURE_FILE],
+                "ignore_paths": [SIGNATURE_FILE, EVALUATIONS_FILE],
             },
             "resources": [{"name": n, "algorithm": "sha256", "digest": files[n].hex} for n in ordered],
         },
@@ -184,8 +185,8 @@ def _signable(directory: Path) -> list[str]:
     survey = published.survey(directory)
     if survey.links:
         raise LocalError(f"symlinks cannot be signed: {_few(survey.links)}", hint="copy the files instead")
-    if survey.left_out:
-        what = [f"{item.name} ({item.why})" for item in survey.left_out]
+    if survey.strays:
+        what = [f"{item.name} ({item.why})" for item in survey.strays]
         raise LocalError(f"not of a published model: {_few(what)}", hint="move it out of the directory")
     return sorted({*survey.published, *survey.records} - {SIGNATURE_FILE})
 

@@ -5,6 +5,7 @@
     signature    every file is as the publisher signed it, none added, none missing
     manifest     every tensor and functional file hashed again gives the ModelId
     provenance   for a merge: the builder's statement; subjects, plan, trace, recipe, agreements fit it
+    measured     what others measured of the model: signatures hold and speak of it; nothing is measured again
     search       where the recipe was sought: the record is of the recipe that lies here
 
 A merge that nobody signed is a warning and no failure: its records are held against its bytes, and an audit
@@ -48,7 +49,7 @@ from node.errors import VerificationFailed, WeftError
 from node.identity.binding import MAX_BINDING, Binding
 from node.identity.keys import PublicPublisherKey
 from node.provenance import agreements as negotiated
-from node.provenance import oms
+from node.provenance import measurement, oms
 from node.provenance.files import read_record
 from node.provenance.statement import MAX_PROVENANCE, MergeProvenance, open_provenance, origins
 
@@ -123,6 +124,7 @@ def verify(
         manifest = ledger.attempt("manifest", lambda: _manifest(checkpoint, on_progress))
         if _claims_merge(checkpoint):
             _merge(ledger, checkpoint, key, binding, signed, manifest)
+        _measured(ledger, checkpoint, manifest)
     return ledger.report(manifest, binding)
 
 
@@ -183,7 +185,14 @@ def _unsigned(ledger: _Ledger, checkpoint: Checkpoint, on_progress: Progress | N
         ledger.attempt("recipe", lambda: _recipe(checkpoint, plan))
     if SEARCH_FILE in checkpoint.survey.records:
         ledger.attempt("search", lambda: _search(checkpoint))
+    _measured(ledger, checkpoint, manifest)
     return ledger.report(manifest, None)
+
+
+def _measured(ledger: _Ledger, checkpoint: Checkpoint, manifest: Manifest | None) -> None:
+    """What was measured of the model after it was published: who says so is checked, what is said is not."""
+    for ok, detail in measurement.told(checkpoint.path, manifest.model_id if manifest else None):
+        ledger.add(Check(name="measured", ok=ok, detail=detail))
 
 
 def _unsigned_plan(checkpoint: Checkpoint, manifest: Manifest | None) -> tuple[MergePlan, str]:
@@ -205,7 +214,7 @@ def _only_known(checkpoint: Checkpoint) -> tuple[None, str]:
     """A merge is made of nothing that its plan does not account for, but for card and licences."""
     found = checkpoint.survey
     odd = [name for name in found.other if name not in _BESIDE and not name.startswith(("LICENSE", "NOTICE"))]
-    odd += [*found.links, *(item.name for item in found.left_out)]
+    odd += [*found.links, *(item.name for item in found.strays)]
     if odd:
         raise VerificationFailed(f"nothing that a merge writes: {', '.join(sorted(odd)[:5])}")
     return None, "no file that a merge does not write"

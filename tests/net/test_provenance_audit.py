@@ -19,6 +19,7 @@ from node.identity.binding import bind
 from node.identity.envelopes import seal
 from node.provenance import audit
 from node.provenance.audit import Claim, Verdict
+from node.provenance.proven import Proven
 from node.provenance.statement import PAYLOAD_TYPE
 
 NOW = 1_800_000_000.0
@@ -125,9 +126,8 @@ def test_nobody_signs_the_verdict_of_another(pristine) -> None:
     with pytest.raises(VerificationFailed):
         Claim.parse(canonical(line))
     forged = audit.claim(replace(claim.verdict, auditor=pristine.builder.peer_id), pristine.builder)
-    borrowed = replace(
-        forged, envelope=seal(PAYLOAD_TYPE, claim.verdict.to_bytes(), pristine.builder.publisher)
-    )
+    envelope = seal(PAYLOAD_TYPE, claim.verdict.to_bytes(), pristine.builder.publisher)
+    borrowed = replace(forged, proven=replace(forged.proven, envelope=envelope))
     with pytest.raises(VerificationFailed, match="another peer"):
         Claim.parse(borrowed.to_bytes())
 
@@ -169,9 +169,8 @@ def test_a_signed_claim_about_nothing_spoils_no_other(pristine, tmp_path: Path) 
     claim = passing(pristine)
     value = json.loads(claim.verdict.to_bytes())
     value["subject"] = []
-    audit.append(
-        path, replace(claim, envelope=seal(PAYLOAD_TYPE, canonical(value), pristine.owner.publisher))
-    )
+    nothing = Proven.sign(PAYLOAD_TYPE, canonical(value), pristine.owner)
+    audit.append(path, replace(claim, proven=nothing))
     audit.append(path, claim)
     assert list(audit.read_claims(path)) == [claim]
 
@@ -190,7 +189,7 @@ def test_securesystemslib_verifies_a_verdict(pristine) -> None:
     claim = passing(pristine)
     key = pristine.owner.publisher
     theirs = SSlibKey(key.key_id, "ecdsa", "ecdsa-sha2-nistp256", {"public": key.public_pem})
-    envelope = TheirEnvelope.from_dict(claim.envelope.to_json())
+    envelope = TheirEnvelope.from_dict(claim.proven.envelope.to_json())
     assert list(envelope.verify([theirs], 1)) == [key.key_id]
     predicate = json.loads(envelope.payload)["predicate"]
     assert predicate["verificationResult"] == "PASSED"
