@@ -19,7 +19,9 @@ digest     canonical JSON and digests             errors    who must act
 config_keys, plain_yaml, files                    what several of these read and write
 
 simmerge   fingerprints: how alike two models are
+evolution  the coefficients of a merge, sought by CMA-ES
 zoo        small experts that are really trained; evaluation scores them, and any model on a text
 
-All but execute, zoo, evaluation and the bodies of operators import neither torch nor numba.
+All but execute, zoo, evaluation, evolution's candidates and the bodies of operators import neither torch nor
+numba.
 """
