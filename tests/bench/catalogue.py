@@ -64,16 +64,14 @@ async def all_labelled(root: Path, seeds: Sequence[int]) -> list[Path]:
     async def one(seed: int) -> Path:
         async with turn:
             folder = root / f"seed-{seed}" / "catalogue"
-            said = 0
+            said: set[tuple[str, int]] = set()
 
             def tell_of(event: dict[str, Any]) -> None:
-                nonlocal said
-                if event["kind"] != "progress":
-                    return
-                tenth = 10 * event["done"] // event["total"]
-                if tenth != said:
-                    said = tenth
-                    tell(f"seed {seed}: {event['what']}, {event['done']} of {event['total']}")
+                if event["kind"] == "progress":
+                    tenth = 10 * event["done"] // event["total"] if event["what"] == "merge and score" else 0
+                    if (event["what"], tenth) not in said:
+                        said.add((event["what"], tenth))
+                        tell(f"seed {seed}: {event['what']}, {event['done']} of {event['total']}")
 
             await process.run("catalogue", {"directory": str(folder), "seed": seed}, on_event=tell_of)
             tell(f"seed {seed}: trained and labelled in {folder}")
