@@ -158,8 +158,10 @@ class Bench:
         self._mergekit = mergekit
         self._home = folder / "home" / "weft"
         self._out = folder / "out"
+        # Both run from bytecode, as what is installed does.
+        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         self._environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("WEFT_")},
+            **{name: value for name, value in inherited.items() if not name.startswith("WEFT_")},
             "HOME": str(folder / "home"),
             "WEFT_HOME": str(self._home),
             "TMPDIR": str(folder),
