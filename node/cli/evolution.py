@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,6 @@ _SHOWN = 8
 """Generations that are on the screen at once."""
 _COLUMNS = 24
 """Layers that a heat map has room for; of more, some are left out."""
-_MOST_PROCESSES = 8
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -60,7 +58,8 @@ def evolve(
     ] = True,
     densities: Annotated[bool, typer.Option("--densities", help="Seek densities too.")] = False,
     processes: Annotated[
-        int | None, typer.Option(min=1, max=256, show_default="one a core", help="Candidates at once.")
+        int | None,
+        typer.Option(min=1, max=256, show_default="as cores and memory allow", help="Candidates at once."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Take up an interrupted search.")] = False,
 ) -> None:
@@ -80,7 +79,7 @@ def evolve(
         layers=layers,
         seed=seed,
         budget=budget,
-        processes=processes or min(os.cpu_count() or 1, _MOST_PROCESSES),
+        processes=processes,
     )
     home, wanted = Home.default(), app.read_recipe(recipe)
     with _watching(out) as view:
@@ -172,7 +171,7 @@ def _watching(output: Output) -> Iterator[Callable[[Data], None]]:
         yield lambda event: _tell(output, event)
     else:
         with Live(console=output.story_console, transient=True, refresh_per_second=4) as live:
-            view = _View(live)
+            view = _View(live, time.monotonic)
             yield view
 
 
@@ -189,16 +188,17 @@ def _tell(output: Output, event: Data) -> None:
 class _View:
     """Best and mean cost by generation, coefficients by expert and layer, and how long it may take."""
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: Live, clock: Callable[[], float]) -> None:
         self._live = live
+        self._clock = clock
         self._generations: list[Data] = []
-        self._told_at = time.monotonic()
+        self._told_at = clock()
         self._live.update(Text("models are opened …", style="dim"))
 
     def __call__(self, event: Data) -> None:
         if event["kind"] == "generation":
             self._generations.append(event)
-            now = time.monotonic()
+            now = self._clock()
             left = (now - self._told_at) / event["share"] * event["left"]
             self._told_at = now
             self._live.update(Group(self._costs(left), heat_map(event["rows"], event["weights"])))

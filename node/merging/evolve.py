@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,13 +23,17 @@ from merge_core.evolution.genome import Shape
 from merge_core.evolution.record import SearchRecord
 from merge_core.recipe import Recipe
 from merge_core.resolve.stack import stack_of
-from node.errors import LocalError
+from node.errors import LocalError, NotEnoughPeers
 from node.merging.merge import Merging, Planned, lay_out, worker_input
 from node.merging.parents import on_disk
 from node.worker import process
 
 MOST_LAYERS = 4
 """Points over the depth where nobody says how many: more coefficients need more candidates."""
+
+MOST_PROCESSES = 8
+_PROCESS = 1 << 29
+"""What an evaluator takes beside its model."""
 
 Event = Callable[[dict[str, Any]], None]
 
@@ -37,7 +42,7 @@ Event = Callable[[dict[str, Any]], None]
 class Search:
     """What is sought, and by what: tasks are names or paths; `layers` None is left to the depth of the model.
 
-    `processes` do not show in the result.
+    `processes` do not show in the result; None leaves them to the cores and the memory of this machine.
     """
 
     tasks: tuple[str, ...]
@@ -46,12 +51,19 @@ class Search:
     layers: int | None = None
     seed: int = 0
     budget: int = 200
-    processes: int = 1
+    processes: int | None = None
 
     def shaped(self, planned: Planned) -> Shape:
         """The shape of the genome over the models of a merge."""
         depth = stack_of(planned.parents[0].header).count
         return replace(self.shape, layers=min(depth, MOST_LAYERS) if self.layers is None else self.layers)
+
+    def at_once(self, planned: Planned) -> int:
+        """How many processes evaluate: each holds a model in float32, half the memory is left to others."""
+        largest = max(sum(math.prod(i.shape) for i in p.header.tensors.values()) for p in planned.parents)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        room = max(1, memory // (_PROCESS + 4 * largest))
+        return self.processes or min(os.cpu_count() or 1, MOST_PROCESSES, room)
 
 
 def folder_of(target: Path) -> Path:
@@ -75,7 +87,10 @@ async def seek(
     something else lies, or another search.
     """
     _check_place(target, resume=resume)
-    planned = await merging.plan(recipe)
+    try:
+        planned = await merging.plan(recipe)
+    except NotEnoughPeers as error:
+        raise NotEnoughPeers(error.why, hint="weft get MODEL, then: weft evolve RECIPE") from error
     shape = search.shaped(planned)
     asked = _asked(recipe, search, shape)
     folder = folder_of(target)
@@ -91,7 +106,7 @@ async def seek(
             }
             for position, (parent, here) in enumerate(zip(planned.parents, inputs, strict=True))
         }
-        more = {"inputs": described, "processes": search.processes, "stop": stop}
+        more = {"inputs": described, "processes": search.at_once(planned), "stop": stop}
         try:
             found = await process.run(
                 "evolve", {**asked, **more, "journal": str(folder / "journal")}, on_event=on_event
