@@ -284,36 +284,51 @@ class VerifiedSource:
         """Every tensor, sorted by name."""
         return self._checkpoint.tensors
 
-    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
-        """Read `count` leaves into `into`, else into memory that the same thread's next read here uses again.
+    def read(self, tensor: str, offset: int, length: int, into: memoryview | None = None) -> memoryview:
+        """Read bytes into `into`, else into memory that the same thread's next read here uses again.
 
-        Raises KeyError on an unknown tensor, ValueError outside of it, CorruptCheckpoint on a wrong leaf.
+        Leaves that have to be hashed are read as a whole. Raises KeyError on an unknown tensor, ValueError
+        outside of it, CorruptCheckpoint on a wrong leaf.
         """
         whole = self._checkpoint.tensors[tensor].length
-        leaves = merkle.leaf_count(whole)
-        if first_leaf < 0 or count < 1 or first_leaf + count > leaves:
-            raise ValueError(f"leaves {first_leaf} to {first_leaf + count} of {tensor}, which has {leaves}")
-        begin = first_leaf * merkle.LEAF_SIZE
-        length = min(count * merkle.LEAF_SIZE, whole - begin)
+        if not 0 <= offset <= offset + length <= whole:
+            raise ValueError(f"bytes {offset} to {offset + length} of {tensor}, which has {whole}")
         # Before the bytes: whoever writes after this shows at the next read.
         stamp = self._checkpoint.stamp(tensor)
-        view = self._checkpoint.read_bytes(
-            tensor, begin, length, into=self._buffer(length) if into is None else into
-        )
+        target = self._buffer("read", length) if into is None else into
         if stamp in self._hashed:
-            return view
-        expected, verified = self._expected(tensor), self._verified.setdefault(tensor, {})
-        for i in range(first_leaf, first_leaf + count):
-            if verified.get(i) == stamp:
+            return self._checkpoint.read_bytes(tensor, offset, length, into=target)
+        first = min(offset // merkle.LEAF_SIZE, merkle.leaf_count(whole) - 1)
+        last = max(first, (offset + length - 1) // merkle.LEAF_SIZE)
+        verified = self._verified.setdefault(tensor, {})
+        if all(verified.get(leaf) == stamp for leaf in range(first, last + 1)):
+            return self._checkpoint.read_bytes(tensor, offset, length, into=target)
+        return self._verify(tensor, first, last, stamp, offset, target[:length])
+
+    def _verify(
+        self, tensor: str, first: int, last: int, stamp: FileStamp, offset: int, target: memoryview
+    ) -> memoryview:
+        """Read whole leaves, hash those that no earlier read did, and fill `target` with what lies there."""
+        whole = self._checkpoint.tensors[tensor].length
+        expected, verified = self._expected(tensor), self._verified[tensor]
+        begin = first * merkle.LEAF_SIZE
+        size = min((last + 1) * merkle.LEAF_SIZE, whole) - begin
+        exact = begin == offset and size == len(target)
+        view = target if exact else self._buffer("leaves", size)
+        view = self._checkpoint.read_bytes(tensor, begin, size, into=view)
+        for leaf in range(first, last + 1):
+            start = leaf * merkle.LEAF_SIZE - begin
+            if verified.get(leaf) == stamp:
                 continue
-            start = i * merkle.LEAF_SIZE - begin
-            if merkle.leaf_digest(view[start : start + merkle.LEAF_SIZE]) != expected[i]:
+            if merkle.leaf_digest(view[start : start + merkle.LEAF_SIZE]) != expected[leaf]:
                 raise CorruptCheckpoint(
-                    f"{self._checkpoint.path}: leaf {i} of {tensor} is not what was published",
+                    f"{self._checkpoint.path}: leaf {leaf} of {tensor} is not what was published",
                     hint=f"weft verify {self._checkpoint.path}",
                 )
-            verified[i] = stamp
-        return view
+            verified[leaf] = stamp
+        if not exact:
+            target[:] = view[offset - begin : offset - begin + len(target)]
+        return target
 
     def _expected(self, tensor: str) -> Sequence[bytes]:
         """The digests that a tensor has; raises CorruptCheckpoint where the leaf table says none for it."""
@@ -325,12 +340,12 @@ class VerifiedSource:
             raise CorruptCheckpoint(f"the leaf table does not belong to tensor {tensor}", hint=_HINT)
         return expected
 
-    def _buffer(self, length: int) -> memoryview:
-        buffer: memoryview | None = getattr(self._local, "buffer", None)
+    def _buffer(self, use: str, length: int) -> memoryview:
+        buffer: memoryview | None = getattr(self._local, use, None)
         if buffer is None or len(buffer) < length:
             buffer = memoryview(bytearray(max(length, merkle.LEAF_SIZE)))
-            self._local.buffer = buffer
-        return buffer
+            setattr(self._local, use, buffer)
+        return buffer[:length]
 
 
 def read_functional(directory: Path, manifest: Manifest) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """Verified tensor bytes by name and leaf."""
+    """Verified tensor bytes by name and place."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -35,13 +35,13 @@ class TensorSource(Protocol):
         ...
 
     def read(
-        self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None
+        self, tensor: str, offset: int, length: int, into: memoryview | None = None
     ) -> bytes | memoryview:
-        """The bytes of `count` leaves of 1 MiB from `first_leaf`; the last leaf of a tensor may be shorter.
+        """`length` bytes of a tensor from `offset` on, both in whole elements.
 
-        They lie in the start of `into`, which has room for whole leaves, where it is given, unless the source
-        has them in memory of its own: what is returned counts. Without it a memoryview stays valid until the
-        next read on this source by the same thread. Raises CorruptCheckpoint when the bytes do not match
-        their digest.
+        They lie in the start of `into` where it is given, unless the source has them in memory of its own:
+        what is returned counts. Without it a memoryview stays valid until the next read on this source by the
+        same thread. Raises KeyError on an unknown tensor, ValueError outside of it, CorruptCheckpoint when
+        the bytes do not match their digest.
         """
         ...

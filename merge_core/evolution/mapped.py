@@ -39,16 +39,16 @@ class MappedSource:
         """Every tensor, sorted by name."""
         return self._checkpoint.tensors
 
-    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
-        """The leaves where they lie; `into` stays as it is. Raises CorruptCheckpoint if the file changed."""
+    def read(self, tensor: str, offset: int, length: int, into: memoryview | None = None) -> memoryview:
+        """The bytes where they lie; `into` stays as it is. Raises CorruptCheckpoint if the file changed."""
         view = self._views[tensor]
-        if first_leaf < 0 or count < 1 or first_leaf + count > merkle.leaf_count(len(view)):
-            raise ValueError(f"leaves {first_leaf} to {first_leaf + count} of {tensor}")
+        if not 0 <= offset <= offset + length <= len(view):
+            raise ValueError(f"bytes {offset} to {offset + length} of {tensor}, which has {len(view)}")
         if self._checkpoint.stamp(tensor) != self._stamps[tensor]:
             raise CorruptCheckpoint(
                 f"{self._checkpoint.path} was written to while it was read", hint="weft verify DIR"
             )
-        return view[first_leaf * merkle.LEAF_SIZE : (first_leaf + count) * merkle.LEAF_SIZE]
+        return view[offset : offset + length]
 
     def _verify(self, name: str, leaves: LeafTable) -> None:
         view = self._views[name]

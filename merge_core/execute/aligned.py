@@ -219,17 +219,15 @@ class _View:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {self.aligned.name(self.operand): self.aligned.info(self.operand)}
 
-    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
-        """The bytes of some leaves; they come from verified ones."""
+    def read(self, tensor: str, offset: int, length: int, into: memoryview | None = None) -> memoryview:
+        """Some bytes of the rows; they come from verified leaves."""
         info = self.tensors[tensor]
         row = info.length // info.shape[0]
-        begin = first_leaf * merkle.LEAF_SIZE
-        end = min(begin + count * merkle.LEAF_SIZE, info.length)
-        view = memoryview(bytearray(end - begin)) if into is None else into.cast("B")[: end - begin]
+        view = memoryview(bytearray(length)) if into is None else into.cast("B")[:length]
         if row and view:
-            first = begin // row
+            first, end = offset // row, offset + length
             rows = self.aligned.raw(self.operand, first, -(-end // row))
-            np.frombuffer(view, np.uint8)[:] = rows.reshape(-1)[begin - first * row : end - first * row]
+            np.frombuffer(view, np.uint8)[:] = rows.reshape(-1)[offset - first * row : end - first * row]
         return view
 
 
@@ -259,8 +257,10 @@ class _Leaves:
                 self._held.move_to_end((operand, leaf))
                 return held
         # Two threads may read the same leaf: that is cheaper than to wait for each other.
-        own = memoryview(bytearray(merkle.LEAF_SIZE))
-        data = self._sources[operand.source].read(operand.tensor, leaf, 1, into=own)
+        source = self._sources[operand.source]
+        size = merkle.leaf_size(source.tensors[operand.tensor].length, leaf)
+        own = memoryview(bytearray(size))
+        data = source.read(operand.tensor, leaf * merkle.LEAF_SIZE, size, into=own)
         with self._lock:
             self._held[operand, leaf] = held = memoryview(data)
             while len(self._held) > _LEAVES:

@@ -1,6 +1,6 @@
 """Materials: what a plan's operands read from, be it a model or what an earlier step makes of models.
 
-The result of an earlier step is a TensorSource like any other: its leaves are computed when they are read
+The result of an earlier step is a TensorSource like any other: its bytes are computed when they are read
 and never lie on a disk. What such a step must know of whole tensors is measured before anybody reads it.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from merge_core.checkpoint import dtypes, merkle
+from merge_core.checkpoint import dtypes
 from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.aligned import Alignment
@@ -21,7 +19,6 @@ from merge_core.functional import result_files, source_files
 from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import COPY, find
 from merge_core.operators.base import Traced
-from merge_core.operators.scratch import scratch
 from merge_core.plan import MergePlan, Step, TensorPlan
 from merge_core.seeding import key
 from merge_core.tokenizer.union import Files
@@ -190,23 +187,13 @@ class _Computed:
         self._materials = materials
         self._step = step
 
-    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
-        """The bytes of some leaves; they need no check, they were made here."""
-        work = self._materials.work(self._step, tensor)
-        traced = self._materials.traced(self._step, tensor)
-        view = memoryview(bytearray(count * merkle.LEAF_SIZE)) if into is None else into
-        done = 0
-        for piece in range(first_leaf // work.leaves_per_piece, work.pieces):
-            length = work.piece_bytes(piece)
-            out = scratch(f"piece {self._step}", length, np.uint8).data
-            work.compute(piece, traced, out)
-            skip = max(first_leaf - piece * work.leaves_per_piece, 0) * merkle.LEAF_SIZE
-            part = out[skip : skip + count * merkle.LEAF_SIZE - done]
-            view[done : done + len(part)] = part
-            done += len(part)
-            if done == count * merkle.LEAF_SIZE:
-                break
-        return view[:done]
+    def read(self, tensor: str, offset: int, length: int, into: memoryview | None = None) -> memoryview:
+        """Some bytes of a tensor; they need no check, they were made here."""
+        view = memoryview(bytearray(length)) if into is None else into[:length]
+        self._materials.work(self._step, tensor).fill(
+            view, offset, self._materials.traced(self._step, tensor)
+        )
+        return view
 
 
 def _fault(planned: TensorPlan, info: TensorInfo | None) -> str | None:

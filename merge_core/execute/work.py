@@ -8,10 +8,10 @@ its first and last row reach.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.finite import finite
@@ -78,9 +78,9 @@ class Work:
 
     def chunk(self, piece: int) -> Chunk:
         """A piece of every operand."""
-        start, stop = self._span(piece)
-        arrays = self._computable(self._read(start, stop), 0, stop - start)
-        return Chunk(arrays=arrays, start=start, row=self._row, keys=self._keys)
+        start = piece * self._chunk
+        start, stop = self._rows_around(start, min(start + self._chunk, self.length))
+        return Chunk(arrays=self._read(start, stop), start=start, row=self._row, keys=self._keys)
 
     # -- computing -----------------------------------------------------------------------------------
 
@@ -91,30 +91,41 @@ class Work:
 
     def compute(self, piece: int, traced: Traced, out: memoryview, *, observe: Observe | None = None) -> bool:
         """Write one piece of the output into `out`; whether all of it is finite."""
+        see = partial(observe, self.tensor.name, piece) if observe else None
+        return self.fill(out, piece * self.leaves_per_piece * merkle.LEAF_SIZE, traced, see=see)
+
+    def fill(
+        self,
+        out: memoryview,
+        offset: int,
+        traced: Traced,
+        *,
+        see: Callable[[Sequence[Stored], Array], None] | None = None,
+    ) -> bool:
+        """Fill `out` with the output from byte `offset` on; whether all of it is finite."""
         if self._copied:
             (name, source, _), *_ = self._operands
-            data = source.read(name, piece, 1, into=out)
+            data = source.read(name, offset, len(out), into=out)
             if memoryview(data).obj is not out.obj:  # the source has it in memory of its own
                 out[:] = data
             return finite(out, self.tensor.dtype)
-        start, stop = self._span(piece)
-        first = piece * self._chunk
-        end = min(first + self._chunk, self.length)
-        raw = self._read(start, stop)
         stored = convert.elements(out, self.tensor.dtype)
+        first = offset // self._size
+        end = first + len(stored)
+        start, stop = self._rows_around(first, end)
         block = max(BLOCK_ELEMENTS // self._row, 1) * self._row if self._operator.rows else BLOCK_ELEMENTS
         sound = True
         for at in range(start, stop, block):
             until = min(at + block, stop)
-            arrays = self._computable(raw, at - start, until - start)
+            arrays = self._read(at, until)
             values = self._apply(arrays, at, traced)
             low, high = max(at, first), min(until, end)
             if low < high:
                 own = slice(low - at, high - at)
                 target = stored[low - first : high - first]
                 sound &= convert.narrow(values[own], self.tensor.dtype, target)
-                if observe:
-                    observe(self.tensor.name, piece, [array[own] for array in arrays], values[own])
+                if see:
+                    see([array[own] for array in arrays], values[own])
         return sound
 
     def digests(
@@ -139,7 +150,8 @@ class Work:
         """The operand with NaN or infinity in a piece; None where all hold numbers."""
         if self._copied:
             (name, source, _), *_ = self._operands
-            return None if finite(source.read(name, piece, 1), self.tensor.dtype) else 0
+            data = source.read(name, piece * merkle.LEAF_SIZE, self.piece_bytes(piece))
+            return None if finite(data, self.tensor.dtype) else 0
         arrays = enumerate(self.chunk(piece).arrays)
         return next((index for index, array in arrays if not convert.finite(array)), None)
 
@@ -163,16 +175,6 @@ class Work:
                 for index, (name, source, dtype) in enumerate(self._operands)
             ]
 
-    def _computable(self, raw: Sequence[NDArray[Any]], low: int, high: int) -> tuple[Stored, ...]:
-        """Every operand from element `low` of what was read to `high`: as stored if all are bfloat16."""
-        if self._patterns:
-            return tuple(data[low:high] for data in raw)
-        arrays = []
-        for index, (data, (_, _, dtype)) in enumerate(zip(raw, self._operands, strict=True)):
-            out = scratch(f"float32 {self._depth}.{index}", high - low, np.float32)
-            arrays.append(convert.widen(data[low:high], dtype, out))
-        return tuple(arrays)
-
     def _apply(self, arrays: tuple[Stored, ...], start: int, traced: Traced) -> Array:
         """The output for a block that begins at element `start` of the tensor, as float32."""
         chunk = Chunk(arrays=arrays, start=start, row=self._row, keys=self._keys)
@@ -183,29 +185,28 @@ class Work:
         self._operator.compiled(chunk, self.tensor.parameters, traced, out)
         return out
 
-    def _span(self, piece: int) -> tuple[int, int]:
-        """The elements that a piece needs: its own, and the rest of the rows at its ends if rows matter."""
-        start = piece * self._chunk
-        stop = min(start + self._chunk, self.length)
+    def _rows_around(self, first: int, end: int) -> tuple[int, int]:
+        """The elements that are needed for `first` to `end`: with the rest of their rows if rows matter."""
         if not self._operator.rows:
-            return start, stop
-        return start // self._row * self._row, -(-stop // self._row) * self._row
+            return first, end
+        return first // self._row * self._row, -(-end // self._row) * self._row
 
-    def _read(self, start: int, stop: int) -> list[NDArray[Any]]:
-        """Elements of every operand as they are stored, in memory of this thread."""
+    def _read(self, start: int, stop: int) -> tuple[Stored, ...]:
+        """Elements of every operand: as they are stored if all are bfloat16, else as float32."""
         found = []
         for index, (name, source, dtype) in enumerate(self._operands):
             size = dtypes.SIZES[dtype]
-            begin, end = start * size, stop * size
-            first = begin // merkle.LEAF_SIZE
-            count = max(1, -(-end // merkle.LEAF_SIZE) - first)
-            into = scratch(f"raw {self._depth}.{index}", count * merkle.LEAF_SIZE, np.uint8).data
-            data = source.read(name, first, count, into=into)
-            skip = begin - first * merkle.LEAF_SIZE
-            if len(data) < skip + end - begin:
-                raise CorruptCheckpoint(f"{name}: {len(data)} bytes where {skip + end - begin} belong")
-            found.append(convert.elements(data[skip : skip + end - begin], dtype))
-        return found
+            offset, length = start * size, (stop - start) * size
+            into = scratch(f"raw {self._depth}.{index}", length, np.uint8).data
+            data = source.read(name, offset, length, into=into)
+            if len(data) != length:
+                raise CorruptCheckpoint(f"{name}: {len(data)} bytes where {length} belong")
+            stored = convert.elements(data, dtype)
+            if not self._patterns:
+                out = scratch(f"float32 {self._depth}.{index}", stop - start, np.float32)
+                stored = convert.widen(stored, dtype, out)
+            found.append(stored)
+        return tuple(found)
 
 
 class _Held:
@@ -213,21 +214,22 @@ class _Held:
 
     def __init__(self, source: TensorSource, tensor: str, use: str) -> None:
         self.tensors: Mapping[str, TensorInfo] = source.tensors
-        self._length = source.tensors[tensor].length
         self._source = source
+        self._length = source.tensors[tensor].length
+        self._memory = scratch(use, self._length, np.uint8).data
         self._present = [False] * merkle.leaf_count(self._length)
-        self._memory = scratch(use, len(self._present) * merkle.LEAF_SIZE, np.uint8).data
 
-    def read(self, tensor: str, first_leaf: int, count: int, into: memoryview | None = None) -> memoryview:
-        """Leaves of the tensor, which are read where they are not here yet; never into `into`."""
-        leaves = slice(first_leaf, first_leaf + count)
-        begin, end = first_leaf * merkle.LEAF_SIZE, leaves.stop * merkle.LEAF_SIZE
-        if not all(self._present[leaves]):
-            data = memoryview(self._source.read(tensor, first_leaf, count, into=self._memory[begin:end]))
-            if data.obj is not self._memory.obj:
-                self._memory[begin : begin + len(data)] = data
-            self._present[leaves] = [True] * count
-        return self._memory[begin : min(end, self._length)]
+    def read(self, tensor: str, offset: int, length: int, into: memoryview | None = None) -> memoryview:
+        """Bytes of the tensor, whose leaves are read where they are not here yet; never into `into`."""
+        for leaf in range(offset // merkle.LEAF_SIZE, -(-(offset + length) // merkle.LEAF_SIZE)):
+            if not self._present[leaf]:
+                begin = leaf * merkle.LEAF_SIZE
+                view = self._memory[begin : begin + merkle.LEAF_SIZE]
+                data = memoryview(self._source.read(tensor, begin, len(view), into=view))
+                if data.obj is not self._memory.obj:
+                    view[:] = data
+                self._present[leaf] = True
+        return self._memory[offset : offset + length]
 
 
 class _Stream:

@@ -73,7 +73,7 @@ def blocks(
     if info.length == 0:
         return
     for leaf in range(merkle.leaf_count(info.length)):
-        data = source.read(name, leaf, 1)
+        data = source.read(name, leaf * merkle.LEAF_SIZE, merkle.leaf_size(info.length, leaf))
         values = _as_float64(data, info.dtype)
         for start in range(0, len(values), _BLOCK):
             yield index, values[start : start + _BLOCK]

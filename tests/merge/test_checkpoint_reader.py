@@ -135,18 +135,23 @@ def test_a_measurement_proves_itself(tmp_path: Path) -> None:
     assert len(measured.leaves["position_ids"]) == 1
 
 
-def test_verified_reads_give_whole_leaves(tmp_path: Path) -> None:
+def test_verified_reads_give_any_bytes_of_a_tensor(tmp_path: Path) -> None:
     tensors = weights()
     raw = tensors["model.embed_tokens.weight"].tobytes()
     with Checkpoint.open(model(tmp_path, tensors)) as checkpoint:
         source = VerifiedSource(checkpoint, measure(checkpoint).leaves)
         assert source.tensors == checkpoint.tensors
-        assert bytes(source.read("model.embed_tokens.weight", 0, 3)) == raw
-        assert bytes(source.read("model.embed_tokens.weight", 2, 1)) == raw[2 * MIB :]
-        assert bytes(source.read("model.empty", 0, 1)) == b""
-        for first, count in ((3, 1), (0, 4), (-1, 1), (0, 0)):
-            with pytest.raises(ValueError, match="leaves"):
-                source.read("model.embed_tokens.weight", first, count)
+        assert bytes(source.read("model.embed_tokens.weight", MIB - 8, 16)) == raw[MIB - 8 : MIB + 8]
+        assert bytes(source.read("model.embed_tokens.weight", 0, len(raw))) == raw
+        assert bytes(source.read("model.embed_tokens.weight", 2 * MIB, len(raw) - 2 * MIB)) == raw[2 * MIB :]
+        assert bytes(source.read("model.empty", 0, 0)) == b""
+        assert bytes(source.read("model.embed_tokens.weight", len(raw), 0)) == b""
+        for offset, length in ((len(raw), 1), (0, len(raw) + 1), (-1, 1), (0, -1)):
+            with pytest.raises(ValueError, match="bytes"):
+                source.read("model.embed_tokens.weight", offset, length)
+            fresh = VerifiedSource(checkpoint, measure(checkpoint).leaves)
+            with pytest.raises(ValueError, match="bytes"):
+                fresh.read("model.embed_tokens.weight", offset, length)
 
 
 @given(st.integers(0, 640 * 4096 - 1), st.integers(0, 7))
@@ -163,10 +168,12 @@ def test_any_flipped_bit_is_found_in_its_leaf(
             try:
                 source = VerifiedSource(checkpoint, leaves)
                 with pytest.raises(CorruptCheckpoint, match=f"leaf {at // MIB} of {name}") as caught:
-                    source.read(name, 0, 3)
+                    source.read(name, 0, source.tensors[name].length)
                 assert caught.value.hint.startswith("weft verify")
+                with pytest.raises(CorruptCheckpoint):
+                    source.read(name, at, 1)
                 for leaf in {0, 1, 2} - {at // MIB}:
-                    source.read(name, leaf, 1)
+                    source.read(name, leaf * MIB, 4096)
             finally:
                 _flip(opened.fileno(), span.begin + at, bit)
 
@@ -285,12 +292,12 @@ def test_a_file_that_is_as_it_was_hashed_is_believed_and_any_other_is_hashed_aga
     with Checkpoint.open(directory) as checkpoint:
         leaves, hashed = measure(checkpoint).leaves, tuple(checkpoint.stamps.values())
         source = VerifiedSource(checkpoint, leaves, hashed=hashed)
-        assert len(source.read("model.norm.weight", 0, 1)) == 4 * 4096
+        assert len(source.read("model.norm.weight", 8, 64)) == 64
         changed(directory / "model.safetensors")
         with pytest.raises(CorruptCheckpoint, match="not what was published"):
-            source.read("model.norm.weight", 0, 1)
+            source.read("model.norm.weight", 8, 64)
     with Checkpoint.open(directory) as checkpoint, pytest.raises(CorruptCheckpoint):
-        VerifiedSource(checkpoint, leaves, hashed=hashed).read("model.norm.weight", 0, 1)
+        VerifiedSource(checkpoint, leaves, hashed=hashed).read("model.norm.weight", 8, 64)
 
 
 def test_a_leaf_that_was_verified_is_hashed_again_once_its_file_was_written_to(
@@ -299,7 +306,7 @@ def test_a_leaf_that_was_verified_is_hashed_again_once_its_file_was_written_to(
     directory = save("m", {"model.norm.weight": weights("m", 4096)})
     with Checkpoint.open(directory) as checkpoint:
         source = VerifiedSource(checkpoint, measure(checkpoint).leaves)
-        assert source.read("model.norm.weight", 0, 1) == source.read("model.norm.weight", 0, 1)
+        assert source.read("model.norm.weight", 8, 64) == source.read("model.norm.weight", 8, 64)
         changed(directory / "model.safetensors")
         with pytest.raises(CorruptCheckpoint, match="not what was published"):
-            source.read("model.norm.weight", 0, 1)
+            source.read("model.norm.weight", 8, 64)

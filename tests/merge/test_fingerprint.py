@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_core.checkpoint import merkle
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import ModelId, canonical
 from merge_core.errors import CorruptCheckpoint, Unmergeable
@@ -32,9 +31,8 @@ class Weights:
             for name, array in self._arrays.items()
         }
 
-    def read(self, tensor: str, first_leaf: int, count: int) -> bytes:
-        begin = first_leaf * merkle.LEAF_SIZE
-        return self._arrays[tensor].tobytes()[begin : begin + count * merkle.LEAF_SIZE]
+    def read(self, tensor: str, offset: int, length: int) -> bytes:
+        return self._arrays[tensor].tobytes()[offset : offset + length]
 
 
 def llama(seed: int, *, layers: int = 2, width: int = 96, scale: float = 1.0) -> dict[str, np.ndarray]:
