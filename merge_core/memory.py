@@ -24,9 +24,6 @@ THREADS = 2
 _HELD = 96 << 20
 """Bytes of a tensor's operands, as stored, up to which they may stay in memory from pass to pass."""
 
-BLOCK_ELEMENTS = 1 << 17
-"""Elements that a kernel computes at once: they and its temporaries fit the cache of a core."""
-
 _PROCESS = 160 << 20
 """A worker with its kernels loaded."""
 _TORCH = 160 << 20
@@ -90,15 +87,13 @@ def _working_set(
     operator = find(tensor.operator)
     length = max(1, tensor.info.length // dtypes.SIZES[tensor.dtype])
     elements = min(CHUNK_ELEMENTS, length)
-    block = min(BLOCK_ELEMENTS, length)
     if operator.rows:
         row = tensor.row
         elements = min(length, elements + 2 * row)
-        block = min(length, max(block, row))
     sizes = [dtypes.SIZES[info.dtype] for info in _operands(tensor, inputs, steps)]
     stored = sum(elements * size + 2 * merkle.LEAF_SIZE for size in sizes)
     measured = 4 * elements * (len(sizes) + 2) if operator.passes(tensor.parameters) else 0
-    computed = 4 * block * (4 * len(sizes) + 6)
+    computed = 4 * elements * (2 * len(sizes) + 6)
     return stored + measured + computed + elements * dtypes.SIZES[tensor.dtype]
 
 

@@ -46,7 +46,7 @@ _PARTS = {Role.EMBED: "embedding", Role.NORM: "norm", Role.HEAD: "head"}
 class Norms:
     """Sums of squares of merged tensors and of their operands, piece by piece.
 
-    Threads may observe different pieces at once; blocks of one piece come from one thread. Pieces are added
+    Threads may observe different pieces at once. Pieces are added
     in their order, so that the order in which threads finish does not show.
     """
 
@@ -56,7 +56,7 @@ class Norms:
     def observe(
         self, tensor: str, piece: int, operands: Sequence[NDArray[Any]], output: NDArray[Any]
     ) -> None:
-        """Take in a block of a piece: the operands as they were merged, and what came of them."""
+        """Take in a piece: the operands as they were merged, and what came of them."""
         from merge_core.operators import kernels
 
         found = np.empty(1 + len(operands), np.float64)

@@ -1,8 +1,7 @@
 """Work: one tensor of a plan, measured and computed in pieces of whole leaves.
 
-A piece is read into memory that its thread uses again, computed block by block (a block and its operands fit
-the cache), and narrowed into the output. Where an operator wants whole rows a piece reads as much further as
-its first and last row reach.
+A piece is read into memory that its thread uses again, computed, and narrowed into the output. Where an
+operator wants whole rows a piece reads as much further as its first and last row reach.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from merge_core.checkpoint.finite import finite
 from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.pool import Pool
-from merge_core.memory import BLOCK_ELEMENTS, CHUNK_ELEMENTS, held
+from merge_core.memory import CHUNK_ELEMENTS, held
 from merge_core.operators import COPY, convert, find
 from merge_core.operators.base import Array, Chunk, Stored, Traced
 from merge_core.operators.scratch import scratch
@@ -26,7 +25,7 @@ from merge_core.plan import TensorPlan
 
 T = TypeVar("T")
 Observe = Callable[[str, int, Sequence[Stored], Array], None]
-"""Called in the thread that computes, with the tensor, the piece, a block of its operands and the output."""
+"""Called in the thread that computes, with the tensor, the piece, its operands and the output."""
 
 
 class Work:
@@ -111,22 +110,13 @@ class Work:
             return finite(out, self.tensor.dtype)
         stored = convert.elements(out, self.tensor.dtype)
         first = offset // self._size
-        end = first + len(stored)
-        start, stop = self._rows_around(first, end)
-        block = max(BLOCK_ELEMENTS // self._row, 1) * self._row if self._operator.rows else BLOCK_ELEMENTS
-        sound = True
-        for at in range(start, stop, block):
-            until = min(at + block, stop)
-            arrays = self._read(at, until)
-            values = self._apply(arrays, at, traced)
-            low, high = max(at, first), min(until, end)
-            if low < high:
-                own = slice(low - at, high - at)
-                target = stored[low - first : high - first]
-                sound &= convert.narrow(values[own], self.tensor.dtype, target)
-                if see:
-                    see([array[own] for array in arrays], values[own])
-        return sound
+        start, stop = self._rows_around(first, first + len(stored))
+        arrays = self._read(start, stop)
+        own = slice(first - start, first - start + len(stored))
+        values = self._apply(arrays, start, traced)[own]
+        if see:
+            see([array[own] for array in arrays], values)
+        return convert.narrow(values, self.tensor.dtype, stored)
 
     def digests(
         self,
@@ -176,7 +166,7 @@ class Work:
             ]
 
     def _apply(self, arrays: tuple[Stored, ...], start: int, traced: Traced) -> Array:
-        """The output for a block that begins at element `start` of the tensor, as float32."""
+        """The output for operands from element `start` of the tensor on, as float32."""
         chunk = Chunk(arrays=arrays, start=start, row=self._row, keys=self._keys)
         if self._operator.compiled is None:
             values: Array = self._operator.apply(chunk, self.tensor.parameters, traced).contiguous().numpy()
