@@ -22,6 +22,8 @@ from merge_core.errors import Unmergeable
 from merge_core.execute import Material
 from merge_core.execute.materials import Materials
 from merge_core.execute.pool import INLINE
+from merge_core.operators import find
+from merge_core.operators.base import Traced
 from merge_core.plan import MergePlan, TensorPlan
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,6 +40,7 @@ class LiveModel:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._targets = _tensors(model)
         self._held = bytearray()
+        self._measured: dict[tuple[int, str], tuple[Any, Traced]] = {}
 
     def fill(self, plan: MergePlan, inputs: Sequence[Material]) -> bool:
         """Make the model what a plan makes of its inputs; whether every number of it is finite.
@@ -47,12 +50,28 @@ class LiveModel:
         """
         self._check(plan)
         materials = Materials(plan, inputs)
+        for step, made in enumerate(plan.steps):
+            for tensor in made.tensors:
+                self._measure(materials, plan, step, tensor)
         return all(self._fill(materials, len(plan.steps) - 1, tensor) for tensor in plan.tensors)
+
+    def _measure(self, materials: Materials, plan: MergePlan, step: int, tensor: TensorPlan) -> None:
+        """Trace a tensor, or remember what was traced of it for the last candidate.
+
+        Thresholds of ties, for one, follow from densities alone, and finding them costs more than merging.
+        """
+        known = _seen_by_measure(plan, step, tensor)
+        if known is None:
+            materials.measured(step, tensor.name, INLINE)
+            return
+        seen, traced = self._measured.get((step, tensor.name), (None, None))
+        found = materials.measured(step, tensor.name, INLINE, known=traced if seen == known else None)
+        self._measured[step, tensor.name] = known, found
 
     def _fill(self, materials: Materials, step: int, tensor: TensorPlan) -> bool:
         target = self._targets[tensor.name]
         work = materials.work(step, tensor.name)
-        traced = materials.measured(step, tensor.name, INLINE)
+        traced = materials.traced(step, tensor.name)
         straight = target.device.type == "cpu" and target.dtype == _DTYPES.get(tensor.dtype)
         out = _bytes(target) if straight else self._room(tensor.info.length)
         size = work.leaves_per_piece * merkle.LEAF_SIZE
@@ -84,6 +103,17 @@ class LiveModel:
                 f"{min(odd)}: the merge makes another kind of model than can be run here",
                 hint="evolve models that transformers loads as they are stored",
             )
+
+
+def _seen_by_measure(plan: MergePlan, step: int, tensor: TensorPlan) -> Any:
+    """All that decides what is measured of a tensor; None where that is more than its own inputs say."""
+    operator = find(tensor.operator)
+    earlier = any(operand.source >= len(plan.inputs) for operand in tensor.operands)
+    if operator.measure is None or operator.chance or earlier or plan.steps[step].tokenizer is not None:
+        return None
+    operands = [(plan.inputs[operand.source], operand.tensor) for operand in tensor.operands]
+    seen = {name: value for name, value in tensor.parameters.items() if name not in operator.unmeasured}
+    return operator.name, operands, seen
 
 
 def _tensors(model: Any) -> Mapping[str, Tensor]:

@@ -30,6 +30,8 @@ from merge_core.resolve.stack import Stack, stack_of
 
 DECIMALS = 4
 MAX_GENES = 4096
+MAX_GROUPS = 63
+"""Each is a merge of the file that is found, and one more stacks their layers."""
 SOUGHT = ("weight", "t")
 """The parameters that are always sought where the operator has them; `density` where the Shape says so."""
 
@@ -134,6 +136,11 @@ class Genome:
             raise InvalidRecipe(
                 f"{shape.layers} points over the depth of a model with {stack.count} layers",
                 hint=f"weft evolve RECIPE --layers {stack.count}",
+            )
+        if shape.groups and shape.layers > MAX_GROUPS:
+            raise InvalidRecipe(
+                f"{shape.layers} groups of layers; a recipe has room for {MAX_GROUPS}",
+                hint=f"weft evolve RECIPE --groups --layers {MAX_GROUPS}",
             )
         layout = _Layout(merge, stack, shape)
         genes = tuple(layout.genes())

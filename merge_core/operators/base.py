@@ -169,7 +169,7 @@ class Operator:
     of experts, with the number of values and whether they are ints; `slack` is how far, relatively, floats
     may lie from what an audit measures: LIBM where sin, acos, exp or log gave them, and else not at all. With
     `rows` every chunk consists of whole rows, with `chance` it comes with keys. `conflict` says why values
-    that are each in range do not fit together.
+    that are each in range do not fit together. `unmeasured` names parameters that `measure` does not look at.
     """
 
     name: str
@@ -189,6 +189,7 @@ class Operator:
     conflict: Callable[[Parameters], str | None] = lambda parameters: None
     fixed: Mapping[str, bool] = field(default_factory=dict, hash=False)
     over_base: Operator | None = None
+    unmeasured: frozenset[str] = frozenset()
 
     def parameter(self, name: str) -> Parameter | None:
         """The declaration of one parameter, or None."""

@@ -166,6 +166,7 @@ def operator(name: str, thinning: Thinning, *, consensus: bool, normalize: bool)
         chance=thinning.chance,
         conflict=thinning.conflict,
         fixed=thinning.fixed,
+        unmeasured=frozenset({"weight", "lambda", "normalize"}),
     )
 
 

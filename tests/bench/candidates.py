@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-METHODS = ("task_arithmetic", "ties")
+METHODS = {"task_arithmetic": False, "ties": False, "ties with densities": True}
+"""Whether densities are sought too: thresholds have to be found anew then."""
 POPULATION = 12
 EXPERTS = ("a", "b", "c")
 LAYERS, WIDTH, INNER, TOKENS = 6, 256, 704, 512
@@ -53,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="weft-bench-", dir=arguments.directory) as temporary:
         parameters = write_models(Path(temporary))
         found = {method: measure(method, Path(temporary), arguments.rounds) for method in METHODS}
-    first = found[METHODS[0]]
+    first = found["task_arithmetic"]
     print(
         json.dumps(
             {
@@ -153,7 +154,7 @@ def maker(stack: ExitStack, arm: str, method: str, folder: Path) -> Callable[[in
     opened = {name: stack.enter_context(Checkpoint.open(Path(name))) for name in start.models}
     known = {name: hashed(checkpoint) for name, checkpoint in opened.items()}
     headers = {name: header_of(checkpoint) for name, checkpoint in opened.items()}
-    genome = Genome.of(start, headers, Shape(layers=4, densities=method == "ties"))
+    genome = Genome.of(start, headers, Shape(layers=4, densities=METHODS[method]))
     source = VerifiedSource if arm == "written" else MappedSource
     inputs = [
         execute.Material(
@@ -217,9 +218,10 @@ def write_models(folder: Path) -> int:
         (folder / name / "config.json").write_text(json.dumps(config))
     listed = "".join(f"  - {{model: {folder / name}, parameters: {{weight: 0.5}}}}\n" for name in EXPERTS)
     for method in METHODS:
-        density = "parameters: {density: 0.5}\n" if method == "ties" else ""
+        operator = method.split()[0]
+        density = "parameters: {density: 0.5}\n" if operator == "ties" else ""
         (folder / f"{method}.yml").write_text(
-            f"merge_method: {method}\nbase_model: {folder / 'base'}\nmodels:\n{listed}{density}"
+            f"merge_method: {operator}\nbase_model: {folder / 'base'}\nmodels:\n{listed}{density}"
         )
     return sum(int(np.prod(shape)) for shape in shapes.values())
 

@@ -246,6 +246,13 @@ def test_what_cannot_be_sought_is_refused_with_what_to_do(text: str, shape: dict
     assert "{" not in str(caught.value)
 
 
+def test_there_are_as_many_groups_as_a_recipe_has_room_for() -> None:
+    genome = genome_of(TASKS, 70, layers=63, groups=True, components=False)
+    assert parse(genome.recipe(genome.start).to_yaml()) == genome.recipe(genome.start)
+    with pytest.raises(InvalidRecipe, match="64 groups of layers"):
+        genome_of(TASKS, 70, layers=64, groups=True)
+
+
 def test_names_that_say_nothing_are_refused() -> None:
     odd = {
         name: ModelHeader(

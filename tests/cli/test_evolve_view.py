@@ -1,0 +1,68 @@
+"""What weft evolve looks like while it seeks: costs, time left, and a heat map of coefficients."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from node.cli.evolution import _View, heat_map
+
+ROWS = ["/models/math", "/models/[red]code"]
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200, force_terminal=False)
+
+
+def drawn(thing: Any) -> str:
+    screen = console()
+    screen.print(thing)
+    return screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def generation(number: int, **more: Any) -> dict[str, Any]:
+    told = {
+        "kind": "generation",
+        "number": number,
+        "of": 4,
+        "share": 0.25,
+        "left": 2.5,
+        "evaluated": 12 * number,
+    }
+    return {
+        **told,
+        "best": 1.5 / number,
+        "mean": 2.0,
+        "rows": ROWS,
+        "weights": [[0.5, 1.0], [0.25, -1.0]],
+        **more,
+    }
+
+
+def test_a_heat_map_has_experts_and_layers() -> None:
+    shown = drawn(heat_map(ROWS, [[0.5, 1.0], [0.25, -1.0]]))
+    first, math, code = (line.split() for line in shown.splitlines()[:3])
+    assert first == ["layer", "0", "1"]
+    assert math == ["math", "0.50", "1.00"]
+    assert code == ["[red]code", "0.25", "-1.00"]
+
+
+def test_a_deep_model_still_fits() -> None:
+    header = drawn(heat_map(["math"], [[0.0] * 80])).splitlines()[0].split()
+    assert len(header) == 25 and header[1] == "0" and int(header[-1]) < 80
+
+
+def test_a_view_tells_costs_and_the_time_that_is_left() -> None:
+    ticks = iter([0.0, 10.0, 30.0])
+    live = Live(console=console(), auto_refresh=False)
+    view = _View(live, lambda: next(ticks))
+    view(generation(1))
+    assert "about 2 min left" in drawn(live.renderable)
+    view(generation(2, left=1.0))
+    shown = drawn(live.renderable)
+    assert "about 80 s left" in shown and "1/4" in shown and "0.7500" in shown and "25%" in shown
+    view({"kind": "settling"})
+    assert "all items" in drawn(live.renderable)
