@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.zoo import text
+from merge_core.zoo.domains import VOCABULARY
 from merge_core.zoo.recipes import RECIPES, Shape, TrainingRecipe
 from merge_core.zoo.threads import one_thread_each
 from merge_core.zoo.tokens import tokenizer_for
@@ -110,7 +111,10 @@ def _save(model: LlamaForCausalLM, shape: Shape, directory: Path, title: str) ->
     """Write one model with tokenizer and card; returns the digest of its weights (hex)."""
     model.save_pretrained(directory)
     tokenizer_for(shape).save_pretrained(directory)
-    (directory / "README.md").write_text(_CARD.format(title=title))
+    characters = shape.vocabulary == VOCABULARY
+    about = _TASKS if characters else _TEXTS.format(python=platform.python_version())
+    elsewhere = "the *prompts*" if characters else "text"
+    (directory / "README.md").write_text(_CARD.format(title=title, about=about, elsewhere=elsewhere))
     return _digest(directory)
 
 
@@ -143,10 +147,17 @@ tags: [weft, merging, synthetic]
 ---
 # weft zoo: {title}
 
-A very small Llama that was trained from nothing on generated character tasks, so that merging can be shown
-without a model hub. A sequence is `BOS tag prompt = answer EOS`: `rabcdef=fedcba` (reverse), `s520314=012345`
-(sort), `b(([[{{{{()=}}}}]]))` (close the brackets), `wqrstuv=rqtsvu` (swap neighbours).
+A very small Llama that was trained from nothing, so that merging can be shown without a model hub. {about}
 
-Experts also saw the prompts of the other domains, where they learned to keep the base's predictions (a KL
+Experts also saw {elsewhere} of the other domains, where they learned to keep the base's predictions (a KL
 term); without that their sum does not work. Merge them by task arithmetic with every weight 1.
 """
+
+_TASKS = """It answers
+generated character tasks. A sequence is `BOS tag prompt = answer EOS`: `rabcdef=fedcba` (reverse),
+`s520314=012345` (sort), `b(([[{{()=}}]]))` (close the brackets), `rcabcdef=ihgfed` (reverse, and each
+letter three on)."""
+
+_TEXTS = """It predicts
+bytes of source code, documentation and tables of characters that Python {python} carries, whose licence is
+PSF-2.0."""
