@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from merge_core.digest import Digest, ModelId
 from merge_core.evaluation import tasks
 from merge_core.evaluation.tasks import Metric
 from node.catalog.hashes import HashCache
-from node.errors import UsageError, VerificationFailed
+from node.errors import LocalError, UsageError, VerificationFailed
 from node.identity.keyring import Identity
 from node.provenance import measurement
 from node.provenance.files import read_record
 from node.provenance.measurement import MAX_RESULTS, Measurement, Result
+from node.worker.evaluation import LM_EVAL
 
 Data = dict[str, Any]
 
@@ -32,12 +34,24 @@ _TOOLS = ("weftmerge", "torch", "transformers", "tokenizers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measuring:
-    """What to measure: tasks by name or file; `limit` takes the first items of each."""
+    """What to measure: tasks by name or file; `limit` takes the first items of each.
+
+    The last three are lm-eval's: a folder with tasks, whose Python is run; whether data may be fetched;
+    whether a task may run what a model writes.
+    """
 
     tasks: tuple[str, ...]
     limit: int | None = None
     batch_size: int | None = None
     device: str = "auto"
+    tasks_path: Path | None = None
+    download: bool = False
+    run_code: bool = False
+
+    @property
+    def foreign(self) -> list[str]:
+        """The tasks that are lm-eval's."""
+        return [name for name in self.tasks if name.startswith(LM_EVAL)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +93,7 @@ async def evaluate(
     """
     from node.worker import process
 
-    _look(models, how)
+    _look(models, how, attested=attesting is not None)
     subjects = {name: _subject(path, attesting.hashes) for name, path in models.items()} if attesting else {}
     request = {
         "models": [[name, str(path.absolute())] for name, path in models.items()],
@@ -87,6 +101,9 @@ async def evaluate(
         "limit": how.limit,
         "batch_size": how.batch_size,
         "device": how.device,
+        "tasks_path": None if how.tasks_path is None else str(how.tasks_path.absolute()),
+        "download": how.download,
+        "run_code": how.run_code,
     }
     rows = (await process.run("evaluate", request, on_event=on_event))["rows"]
     told = [{"name": name, "directory": str(path.absolute())} for name, path in models.items()]
@@ -98,19 +115,24 @@ async def evaluate(
     return {"models": told, "tasks": [row | {"best": best(row)} for row in rows], "summary": summary(rows)}
 
 
-def _look(models: Mapping[str, Path], how: Measuring) -> None:
+def _look(models: Mapping[str, Path], how: Measuring, *, attested: bool) -> None:
     """Raise early what needs no worker to be seen: a directory that is no model, a file that is no task."""
     for path in models.values():
         Checkpoint.open(path).close()
+    if how.foreign and attested:
+        raise UsageError(
+            f"{how.foreign[0]} cannot be attested: lm-eval's tasks have no digest of what they ask",
+            hint="weft eval DIR --tasks FILE.jsonl --attest",
+        )
+    if how.foreign and find_spec("lm_eval") is None:
+        raise LocalError("lm-eval is not installed", hint="pip install 'weftmerge[eval]'")
+    if how.tasks_path is not None and not how.tasks_path.is_dir():
+        raise UsageError(f"{how.tasks_path} is no folder of tasks", hint="weft eval --help")
     names = [tasks.read(Path(wanted)).name if wanted.endswith(".jsonl") else wanted for wanted in how.tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice or not 1 <= len(names) <= MAX_RESULTS:
-        why = (
-            f"two tasks are called {twice}"
-            if twice
-            else f"{len(names)} tasks are named, not 1 to {MAX_RESULTS}"
-        )
-        raise UsageError(why, hint="weft eval --help")
+        count = f"{len(names)} tasks are named, not 1 to {MAX_RESULTS}"
+        raise UsageError(f"two tasks are called {twice}" if twice else count, hint="weft eval --help")
 
 
 def best(row: Data) -> list[int]:

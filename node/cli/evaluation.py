@@ -20,7 +20,7 @@ Data = dict[str, Any]
 
 _HELP = """Score models side by side on TASKs.
 
-A TASK is rev:test and the like of the zoo, or FILE.jsonl with one item a line:
+A TASK is rev:test and the like of the zoo, lm-eval:NAME, or FILE.jsonl with one item a line:
 
   {"prompt": "2+2=", "answer": "4"}  decoded greedily, right or wrong
 
@@ -60,6 +60,13 @@ def evaluate(
     attest: Annotated[
         bool, typer.Option("--attest", help="Sign the scores and attach them; weft verify DIR shows them.")
     ] = False,
+    tasks_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="lm-eval tasks of your own; Python there is run.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Let lm-eval fetch its data.")] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let lm-eval run what a model writes: use a sandbox.")
+    ] = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=4096, show_default="64", help="Items at once; shows in no score.")
     ] = None,
@@ -71,7 +78,15 @@ def evaluate(
     from node import app, evaluation
     from node.home import Home
 
-    how = evaluation.Measuring(tasks=references(tasks), limit=limit, batch_size=batch_size, device=device)
+    how = evaluation.Measuring(
+        tasks=references(tasks),
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        tasks_path=tasks_path,
+        download=download,
+        run_code=run_code,
+    )
     models = evaluation.named(directories)
     if output is not None:
         app.expect_writable(output)

@@ -87,7 +87,8 @@ def run(arguments: list[str]) -> int:
         return _explain(error)
     if code == EXIT_INTERRUPTED:  # typer turns Ctrl-C into this code without a word
         verb = next((verb for verb in ("merge", "evolve") if verb in words), None)
-        hint = f"weft {verb} RECIPE -o DIR --resume" if verb else "weft jobs ls"
+        other = "weft eval --help" if "eval" in words else "weft jobs ls"
+        hint = f"weft {verb} RECIPE -o DIR --resume" if verb else other
         return _fail("interrupted", hint, EXIT_INTERRUPTED, "interrupted")
     return code if isinstance(code, int) else 0
 

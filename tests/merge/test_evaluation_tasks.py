@@ -83,6 +83,13 @@ def test_a_line_may_ask_how_well_an_answer_is_predicted() -> None:
     assert task.metric is Metric.BITS_PER_BYTE and task.items == (Item(prompt="2+2=", answer="4"),)
 
 
+def test_the_lines_that_the_readme_shows_are_lines_of_tasks() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.split("## Measure")[1].split("```json\n")[1].split("```")[0]
+    metrics = [parse("shown", [line]).metric for line in shown.splitlines()]
+    assert metrics == [Metric.EXACT_MATCH, Metric.CHOICE, Metric.BITS_PER_BYTE]
+
+
 GOOD = '{"prompt": "2+2=", "answer": "4"}'
 
 
