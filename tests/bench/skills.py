@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import platformdirs
+from transformers.utils import logging
 
 from merge_core.digest import sha256
 from merge_core.evaluation.scoring import Score, score
@@ -89,6 +90,7 @@ def in_a_process(directory: Path, seed: int) -> dict[str, Row]:
 
 def study(directory: Path, seed: int) -> dict[str, Row]:
     """Every way to the target with the models of one seed."""
+    logging.disable_progress_bar()
     zoo = build(directory / f"seed-{seed}" / "zoo", seed=seed, size="skills")
     directories = {"base": zoo.base, **zoo.experts}
     labelled = task(f"{TARGET}:dev").first(LABELS)
