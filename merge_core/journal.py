@@ -1,7 +1,7 @@
 """The journal of a running merge: JSON lines of what is finished, so that a killed run can go on.
 
-    {"plan": "sha256:…", "version": 1}
-    {"leaves": "…", "tensor": "lm_head.weight", "trace": {}}
+    {"plan": "sha256:…", "version": 2}
+    {"leaves": "…", "squares": ["0x1.8p+3", …], "tensor": "lm_head.weight", "trace": {}}
 
 It makes no promise about the disk: a resumed run hashes what a line claims before it believes it. So no fsync
 is needed, and a line that was cut short is simply the end.
@@ -28,10 +28,11 @@ _HEX = re.compile(r"(?:[0-9a-f]{64})+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A tensor that was written whole: its leaf digests in order, and what was traced."""
+    """A tensor that was written whole: its leaf digests in order, what was traced, and its Norms' squares."""
 
     leaves: tuple[bytes, ...]
     traced: Traced
+    squares: tuple[float, ...] = ()
 
 
 class Journal:
@@ -43,7 +44,7 @@ class Journal:
 
     def __init__(self, path: Path, plan: MergePlan, *, fresh: bool) -> None:
         self._tensors = {t.name: t for t in plan.tensors}
-        self._head = canonical({"version": 1, "plan": plan.digest}) + b"\n"
+        self._head = canonical({"version": 2, "plan": plan.digest}) + b"\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("r+b" if path.exists() and not fresh else "w+b")
         self.finished: Mapping[str, Finished] = self._load()
@@ -58,9 +59,11 @@ class Journal:
 
     def add(self, tensor: str, finished: Finished) -> None:
         """Append a finished tensor; it outlives the process from here on."""
-        leaves, trace = b"".join(finished.leaves).hex(), canonical(write_values(finished.traced))
+        leaves, trace = b"".join(finished.leaves).hex(), canonical(write_values(finished.traced)).decode()
+        squares = ",".join(f'"{value.hex()}"' for value in finished.squares)
         # Spelled here, since no name of a tensor needs care: models have many tensors.
-        self._file.write(f'{{"leaves":"{leaves}","tensor":"{tensor}","trace":{trace.decode()}}}\n'.encode())
+        line = f'{{"leaves":"{leaves}","squares":[{squares}],"tensor":"{tensor}","trace":{trace}}}\n'
+        self._file.write(line.encode())
         self._file.flush()
 
     def _load(self) -> dict[str, Finished]:
@@ -93,4 +96,9 @@ class Journal:
         leaves = tuple(digests[i : i + DIGEST_SIZE] for i in range(0, len(digests), DIGEST_SIZE))
         if len(leaves) != leaf_count(tensor.info.length):
             raise ValueError("the number of leaves")
-        return tensor.name, Finished(leaves=leaves, traced=read_values(tensor, value["trace"]))
+        squares = tuple(map(float.fromhex, value["squares"]))
+        if len(squares) not in (0, 1 + len(tensor.operands)) or not all(square >= 0 for square in squares):
+            raise ValueError("sums of squares")
+        return tensor.name, Finished(
+            leaves=leaves, traced=read_values(tensor, value["trace"]), squares=squares
+        )

@@ -1,13 +1,12 @@
 """The sanity report: whether a merge looks like its parents, told by norms that were taken while it ran.
 
     norms = Norms()
-    norms.observe("model.norm.weight", 0, (a, b), merged)     # every piece of every tensor, from any thread
+    execute.run(plan, inputs, target, journal=journal, norms=norms)
     report(plan, norms)                                        -> Report
 
 A merged tensor whose norm is far from the mean of its operands' is what a garbled model looks like from the
-outside. NaN and infinity are no part of this: a merge that would hold them is refused. What an interrupted
-run had finished before is not measured again, and the report says so. Figures are rounded and for people;
-nothing is derived from them. `Report.parse(r.to_bytes()) == r`.
+outside. NaN and infinity are no part of this: a merge that would hold them is refused. Figures are rounded and
+for people; nothing is derived from them. `Report.parse(r.to_bytes()) == r`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from merge_core.checkpoint.layout import Role, place
 from merge_core.checkpoint.published import read_bounded
 from merge_core.digest import check_version, parse_bounded
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
+from merge_core.norms import Norms
 from merge_core.operators import COPY
 from merge_core.plan import MergePlan
 
@@ -41,39 +38,6 @@ MAX_TEXT = 1 << 20
 
 _LISTED = 20
 _PARTS = {Role.EMBED: "embedding", Role.NORM: "norm", Role.HEAD: "head"}
-
-
-class Norms:
-    """Sums of squares of merged tensors and of their operands, piece by piece.
-
-    Threads may observe different pieces at once. Pieces are added
-    in their order, so that the order in which threads finish does not show.
-    """
-
-    def __init__(self) -> None:
-        self._squares: dict[tuple[str, int], list[float]] = {}
-
-    def observe(
-        self, tensor: str, piece: int, operands: Sequence[NDArray[Any]], output: NDArray[Any]
-    ) -> None:
-        """Take in a piece: the operands as they were merged, and what came of them."""
-        from merge_core.operators import kernels
-
-        found = np.empty(1 + len(operands), np.float64)
-        kernels.square_sums((output,), found[:1])
-        kernels.square_sums(tuple(operands), found[1:])
-        known = self._squares.setdefault((tensor, piece), [0.0] * len(found))
-        for index, squares in enumerate(found.tolist()):
-            known[index] += squares
-
-    def taken(self) -> dict[str, tuple[float, ...]]:
-        """The norms of each tensor that was observed: its own, then its operands'."""
-        sums: dict[str, list[float]] = {}
-        for (tensor, _), squares in sorted(self._squares.items()):
-            known = sums.setdefault(tensor, [0.0] * len(squares))
-            for index, value in enumerate(squares):
-                known[index] += value
-        return {tensor: tuple(map(math.sqrt, squares)) for tensor, squares in sums.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +73,7 @@ class Reading:
 class Report:
     """What a merge looks like; `zeros` counts tensors without a weight, `flags` are sentences.
 
-    Of `tensors` some were `copied` and some `measured`; the rest was finished by an earlier run, or is empty.
+    Of `tensors` some were `copied` and some `measured`; the rest is empty, or too large to square.
     `text` says by its digest which text the readings are of, or why there are none.
     """
 

@@ -15,9 +15,10 @@ from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.errors import Unmergeable
 from merge_core.execute.materials import Material, Materials
 from merge_core.execute.pool import INLINE, Pool, pool_of
-from merge_core.execute.work import Observe, Work
+from merge_core.execute.work import Work
 from merge_core.journal import Finished, Journal
 from merge_core.memory import CHUNK_ELEMENTS, THREADS
+from merge_core.norms import Norms
 from merge_core.plan import MergePlan, TensorPlan
 from merge_core.trace import Trace
 
@@ -45,14 +46,14 @@ def run(
     journal: Path,
     threads: int = THREADS,
     on_progress: Progress | None = None,
-    observe: Observe | None = None,
+    norms: Norms | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Merged:
     """Write the weights of the output beside `target`; a run that was killed is taken up where it stopped.
 
-    `inputs` are the plan's, in order; `observe` sees what is computed. Raises CorruptCheckpoint when one is
-    not what its digest says, Unmergeable when a tensor cannot be merged after all or would hold NaN or
-    infinity, CannotWrite when the disk fails.
+    `inputs` are the plan's, in order; `norms` take in what is computed, or was by earlier runs. Raises
+    CorruptCheckpoint when an input is not what its digest says, Unmergeable when a tensor cannot be merged
+    after all or would hold NaN or infinity, CannotWrite when the disk fails.
     """
     materials = Materials(plan, inputs, chunk_elements=chunk_elements)
     files = materials.files()
@@ -62,7 +63,7 @@ def run(
         Journal(journal, plan, fresh=not writer.resumed) as log,
         pool_of(threads) as pool,
     ):
-        production = _Production(plan, materials, writer, log.finished, observe)
+        production = _Production(plan, materials, writer, log.finished, norms)
         for tensor, made, fresh in production.make_all(pool):
             if fresh:
                 log.add(tensor.name, made)
@@ -88,14 +89,14 @@ class _Production:
         materials: Materials,
         writer: CheckpointWriter,
         earlier: Mapping[str, Finished],
-        observe: Observe | None,
+        norms: Norms | None,
     ) -> None:
         self._plan = plan
         self._step = len(plan.steps) - 1
         self._materials = materials
         self._writer = writer
         self._earlier = earlier
-        self._observe = observe
+        self._norms = norms
 
     def make_all(self, pool: Pool) -> Iterator[tuple[TensorPlan, Finished, bool]]:
         """Every tensor in the plan's order, with whether it was made just now.
@@ -122,10 +123,15 @@ class _Production:
         claimed = self._earlier.get(tensor.name)
         if claimed is not None and work.check(claimed.leaves, self._load(tensor.name), pool):
             self._materials.measured(self._step, tensor.name, pool, known=claimed.traced)
+            if self._norms:
+                self._norms.recall(tensor.name, claimed.squares)
             return claimed, False
         traced = self._materials.measured(self._step, tensor.name, pool, work=work)
-        digests = work.digests(traced, pool, self._store(work), self._observe)
-        return Finished(leaves=tuple(d for piece in digests for d in piece), traced=traced), True
+        observe = self._norms.observe if self._norms else None
+        pieces = work.digests(traced, pool, self._store(work), observe)
+        leaves = tuple(digest for piece in pieces for digest in piece)
+        squares = self._norms.squares(tensor.name) if self._norms else ()
+        return Finished(leaves=leaves, traced=traced, squares=squares), True
 
     def _load(self, name: str) -> Callable[[int, int], bytes]:
         return lambda offset, length: self._writer.read(name, offset, length)

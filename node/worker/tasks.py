@@ -98,7 +98,8 @@ def merge(request: Request, emit: Emit) -> Result:
     Raises CorruptCheckpoint where an input is another model than the plan names.
     """
     from merge_core import execute
-    from merge_core.report import Norms, report
+    from merge_core.norms import Norms
+    from merge_core.report import report
 
     plan, norms = MergePlan.parse(read_bounded(Path(request["plan"]), MAX_PLAN)), Norms()
     with _inputs(plan, request["inputs"]) as inputs:
@@ -108,7 +109,7 @@ def merge(request: Request, emit: Emit) -> Result:
             Path(request["target"]),
             journal=Path(request["journal"]),
             threads=request.get("threads", THREADS),
-            observe=norms.observe,
+            norms=norms,
             on_progress=_counter(emit, "merge", plan.output_bytes),
         )
     output = Path(request["output"])
