@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-catalogue catalogue bench-candidates conformance exactness clean
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-eval bench-catalogue bench-skills catalogue bench-candidates conformance exactness clean
 
 setup: $(READY)
 
@@ -45,7 +45,13 @@ bench-startup: setup
 bench-engine: setup
 	@$(BIN)/python tests/bench/engine.py
 
-bench-catalogue: setup
+bench-eval: setup
+	@$(BIN)/python tests/bench/evaluation.py
+
+bench-bench-skills: setup
+	@$(BIN)/python tests/bench/skills.py
+
+catalogue: setup
 	@$(BIN)/python tests/bench/catalogue.py
 
 catalogue: setup
