@@ -5,8 +5,8 @@
     report(plan, norms)                                        -> Report
 
 A merged tensor whose norm is far from the mean of its operands' is what a garbled model looks like from the
-outside. NaN and infinity are no part of this: a merge that would hold them is refused. Figures are rounded and
-for people; nothing is derived from them. `Report.parse(r.to_bytes()) == r`.
+outside. NaN and infinity are no part of this: a merge that would hold them is refused. Figures are rounded
+and for people; nothing is derived from them. `Report.parse(r.to_bytes()) == r`.
 """
 
 from __future__ import annotations
