@@ -48,11 +48,11 @@ bench-engine: setup
 bench-eval: setup
 	@$(BIN)/python tests/bench/evaluation.py
 
-bench-bench-skills: setup
-	@$(BIN)/python tests/bench/skills.py
-
-catalogue: setup
+bench-catalogue: setup
 	@$(BIN)/python tests/bench/catalogue.py
+
+bench-skills: setup
+	@$(BIN)/python tests/bench/skills.py
 
 catalogue: setup
 	@$(BIN)/python tests/bench/catalogue.py --build --seeds 0
