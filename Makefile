@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-eval bench-catalogue bench-skills catalogue bench-candidates conformance exactness clean
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-eval bench-catalogue bench-skills catalogue bench-candidates bench-evolve conformance exactness clean
 
 setup: $(READY)
 
@@ -56,6 +56,9 @@ bench-skills: setup
 
 catalogue: setup
 	@$(BIN)/python tests/bench/catalogue.py --build --seeds 0
+
+bench-evolve: setup
+	@$(BIN)/python tests/bench/evolve.py
 
 bench-candidates: setup
 	@$(BIN)/python tests/bench/candidates.py
