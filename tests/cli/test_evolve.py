@@ -132,6 +132,13 @@ def test_nothing_is_written_over(weft: Weft, desk: Path) -> None:
 
 # -- interrupted -------------------------------------------------------------------------------------
 
+WEFT = """
+import signal
+from node.cli.main import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+main()
+"""
 SOUGHT = ("evolve", "recipe.yml", "--tasks", "words.jsonl", "--report-tasks", "test.jsonl")
 
 
@@ -142,7 +149,7 @@ def begun(desk: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def begin(*words: str, until: str) -> subprocess.Popen[str]:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "node.cli", *words],
+            [sys.executable, "-P", "-c", WEFT, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
