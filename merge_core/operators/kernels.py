@@ -137,10 +137,20 @@ def scale_delta(x: Any, base: Any, weight: Any, out: Any) -> None:
 
 
 @kernel
-def add_scaled_delta(x: Any, base: Any, weight: Any, out: Any) -> None:
-    """out = out + (x − base)·w."""
-    for i in range(out.size):
-        out[i] = out[i] + (f32(x[i]) - f32(base[i])) * weight
+def weighted_deltas(arrays: Any, weights: Any, out: Any) -> None:
+    """out = Σ (x − base)·w over the `arrays` behind the first, which is the base, from left to right."""
+    origin = np.empty(BLOCK, np.float32)
+    for start in range(0, out.size, BLOCK):
+        total, base = out[start : start + BLOCK], arrays[0][start:]
+        for i in range(total.size):
+            origin[i] = f32(base[i])
+        x, weight = arrays[1][start:], weights[0]
+        for i in range(total.size):
+            total[i] = (f32(x[i]) - origin[i]) * weight
+        for k in range(2, len(arrays)):
+            x, weight = arrays[k][start:], weights[k - 1]
+            for i in range(total.size):
+                total[i] = total[i] + (f32(x[i]) - origin[i]) * weight
 
 
 @kernel

@@ -74,11 +74,8 @@ def _apply_deltas(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tenso
 def _compiled_deltas(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
     from merge_core.operators import kernels
 
-    base, first, second = chunk.arrays
-    factor_a, factor_b = map(np.float32, traced["factors"])
-    kernels.scale_delta(first, base, factor_a, out)
-    kernels.add_scaled_delta(second, base, factor_b, out)
-    kernels.add_to_base(base, np.float32(1.0), out)
+    kernels.weighted_deltas(chunk.arrays, np.array(traced["factors"], np.float32), out)
+    kernels.add_to_base(chunk.arrays[0], np.float32(1.0), out)
 
 
 _DELTAS = Operator(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from merge_core.operators.base import Array, Exactness, single
+from merge_core.operators.base import Exactness, single
 from merge_core.operators.task_vectors import TaskVector, Thinning, operator
 
 if TYPE_CHECKING:
@@ -18,19 +16,13 @@ def _apply(vector: TaskVector) -> Tensor:
     return vector.delta * single(vector.factor)
 
 
-def _compiled(vector: TaskVector, out: Array) -> None:
-    from merge_core.operators import kernels
-
-    kernels.scale_delta(*vector.operands, np.float32(vector.factor), out)
-
-
 TASK_ARITHMETIC = operator(
     "task_arithmetic",
     Thinning(
         cite="arXiv:2212.04089",
         exactness=Exactness.ELEMENTWISE,
         apply=_apply,
-        compiled=_compiled,
+        compiled=None,
         fixed={"rescale": False},
     ),
     consensus=False,

@@ -72,7 +72,8 @@ class TaskVector:
 class Thinning:
     """How a family of operators thins out a task vector.
 
-    `apply` gives δ·factor where an element is kept and δ·0 elsewhere, `compiled` writes the same bits.
+    `apply` gives δ·factor where an element is kept and δ·0 elsewhere, `compiled` writes the same bits; it is
+    None where all are kept, and the vectors are only added.
     `norm` names the flag that asks for the L1 norm to be restored, `traces` what `measure` returns: integers,
     one for each expert. The rest is as in Operator.
     """
@@ -80,7 +81,7 @@ class Thinning:
     cite: str
     exactness: Exactness
     apply: Callable[[TaskVector], Tensor]
-    compiled: Callable[[TaskVector, Array], None]
+    compiled: Callable[[TaskVector, Array], None] | None
     parameters: tuple[Parameter, ...] = ()
     norm: str | None = None
     measure: Measure | None = None
@@ -119,20 +120,22 @@ def operator(name: str, thinning: Thinning, *, consensus: bool, normalize: bool)
         from merge_core.operators import kernels
 
         weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
-        vectors = _vectors(chunk, parameters, traced)
-        if consensus:
+        vectors, thin = _vectors(chunk, parameters, traced), thinning.compiled
+        if thin is None:
+            kernels.weighted_deltas(chunk.arrays, np.array(weights, np.float32), out)
+        elif consensus:
             rows = scratch("task vectors", len(weights) * len(out), np.float32).reshape(len(weights), -1)
             for vector, row in zip(vectors, rows, strict=True):
-                thinning.compiled(vector, row)
+                thin(vector, row)
             agreeing_into(rows, weights, out, normalize=normal)
         else:
-            thinning.compiled(next(vectors), out)
+            thin(next(vectors), out)
             row = scratch("task vectors", len(out), np.float32)
             for vector in vectors:
-                thinning.compiled(vector, row)
+                thin(vector, row)
                 kernels.add(row, out)
-            if normal:
-                divide_by(sum_of(weights), out)
+        if normal and not consensus:
+            divide_by(sum_of(weights), out)
         kernels.add_to_base(chunk.arrays[0], np.float32(number(parameters, "lambda")), out)
 
     def measure(stream: Stream, parameters: Parameters) -> Traced:
@@ -187,6 +190,8 @@ def _norm_factors(
     from merge_core.operators import kernels
     from merge_core.operators.reductions import require_finite
 
+    thin = thinning.compiled
+    assert thin is not None, "where all are kept the norm is what it was"
     experts = len(each(parameters, "weight"))
     alone = {**parameters, "weight": (1.0,) * experts}
 
@@ -198,7 +203,7 @@ def _norm_factors(
         for vector in _vectors(chunk, alone, traced):
             kernels.delta_magnitude(*vector.operands, values)
             kernels.magnitude_sums(values, unit, found[2 * vector.expert])
-            thinning.compiled(vector, values)
+            thin(vector, values)
             kernels.magnitude_sums(values, unit, found[2 * vector.expert + 1])
         return chunk.start // unit, found
 
