@@ -50,6 +50,15 @@ class Question:
         return cls(share=share, values=values, model=model)
 
 
+def holds_readings(path: Path) -> bool:
+    """Whether a journal holds more than its head: what took time to find out."""
+    try:
+        with path.open("rb") as file:
+            return bool(file.readline(MAX_LINE)) and bool(file.readline(MAX_LINE))
+    except FileNotFoundError:
+        return False
+
+
 class Journal:
     """The open journal of one search; a context manager that closes the file.
 

@@ -1,7 +1,7 @@
 """A search in the foreground: which coefficients merge best, then the merge by them.
 
 What an interrupted search leaves lies in one hidden folder beside the target: its journal, and what it was
-asked. It goes when the merged model is in its place.
+asked. It goes when the merged model is in its place, or where a search fails before anything was read.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from merge_core import files
 from merge_core.errors import MergeCoreError
 from merge_core.evolution.genome import Shape
+from merge_core.evolution.journal import holds_readings
 from merge_core.evolution.record import SearchRecord
 from merge_core.recipe import Recipe
 from merge_core.resolve.stack import stack_of
@@ -94,28 +95,31 @@ async def seek(
     shape = search.shaped(planned)
     asked = _asked(recipe, search, shape)
     folder = folder_of(target)
+    begun = folder.exists()
     folder.mkdir(exist_ok=True)
     with _held(folder, target):
         _begin(folder, asked, target)
-        inputs = [on_disk(parent) for parent in planned.parents]
-        lay_out(folder, planned.plan, inputs)
-        described = {
-            parent.reference: {
-                **worker_input(folder, position, here),
-                "hashed": here.hashed,
-            }
-            for position, (parent, here) in enumerate(zip(planned.parents, inputs, strict=True))
-        }
-        more = {"inputs": described, "processes": search.at_once(planned), "stop": stop}
+        journal = folder / "journal"
         try:
-            found = await process.run(
-                "evolve", {**asked, **more, "journal": str(folder / "journal")}, on_event=on_event
-            )
+            inputs = _laid_out(folder, planned)
+            more = {"inputs": inputs, "processes": search.at_once(planned), "stop": stop}
+            found = await process.run("evolve", {**asked, **more, "journal": str(journal)}, on_event=on_event)
         except MergeCoreError:
-            discard(target)  # trying again would end the same way
+            if not begun and not holds_readings(journal):
+                discard(target)  # what was read is dear; nothing was
             raise
     SearchRecord.parse(found["record"].encode())
     return found
+
+
+def _laid_out(folder: Path, planned: Planned) -> dict[str, Any]:
+    """The models of the recipe, by reference, as the worker is told of them."""
+    inputs = [on_disk(parent) for parent in planned.parents]
+    lay_out(folder, planned.plan, inputs)
+    return {
+        parent.reference: {**worker_input(folder, position, here), "hashed": here.hashed}
+        for position, (parent, here) in enumerate(zip(planned.parents, inputs, strict=True))
+    }
 
 
 def discard(target: Path) -> None:

@@ -130,6 +130,43 @@ def test_nothing_is_written_over(weft: Weft, desk: Path) -> None:
     assert list((desk / "found").iterdir()) == []
 
 
+def test_a_failure_on_the_way_keeps_what_was_read(weft: Weft, desk: Path) -> None:
+    """Weights that change while it seeks, and a task that is elsewhere when it goes on, cost no reading."""
+    from merge_core.errors import MergeCoreError
+    from merge_core.evolution.genome import Shape
+    from node import app
+    from node.home import Home
+    from node.merging.evolve import Search
+
+    search = Search(tasks=(str(desk / "words.jsonl"),), shape=Shape(), budget=60, processes=1, layers=0)
+    home, recipe = Home.default(), app.read_recipe(desk / "recipe.yml")
+    told = 0
+
+    def go_on(*, resume: bool, spoil: bool = False) -> dict[str, Any]:
+        def hear(event: dict[str, Any]) -> None:
+            nonlocal told
+            told += event["kind"] == "generation"
+            if spoil:
+                os.utime(desk / "math" / "model.safetensors", (told, told))
+
+        return app.evolve_here(
+            home, recipe, desk / "found", search, resume=resume, on_event=hear, on_view=lambda _: None
+        )
+
+    with pytest.raises(MergeCoreError):
+        go_on(resume=False, spoil=True)
+    journal = desk / ".found.weft-search" / "journal"
+    lines = journal.read_bytes().count(b"\n")
+    assert told and lines > 4
+    (desk / "words.jsonl").rename(desk / "elsewhere.jsonl")
+    with pytest.raises(MergeCoreError, match="cannot be read"):
+        go_on(resume=True)
+    assert journal.read_bytes().count(b"\n") == lines
+    (desk / "elsewhere.jsonl").rename(desk / "words.jsonl")
+    assert go_on(resume=True)["model_id"]
+    assert [path.name for path in desk.glob(".*")] == []
+
+
 # -- interrupted -------------------------------------------------------------------------------------
 
 WEFT = """
