@@ -1,6 +1,6 @@
 """The journal of a search: JSON lines of what was asked and read, so that a killed search can go on.
 
-    {"search":"sha256:…","version":1}
+    {"search":{"seed":"0","torch":"2.13.0",…},"version":2}
     {"generation":3,"number":0,"question":{"model":null,"share":"0x1.0p-2","values":["0x1.8p-1"]},"readings":[…]}
 
 What a model reads is a function of the question alone. So nothing of the strategy is stored: a search that is
@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from merge_core.digest import Digest, canonical
+from merge_core.digest import canonical
+from merge_core.errors import MergeCoreError
 from merge_core.evolution.fitness import Reading, Readings
 
 MAX_LINE = 1 << 20
@@ -62,15 +63,22 @@ def holds_readings(path: Path) -> bool:
 class Journal:
     """The open journal of one search; a context manager that closes the file.
 
-    Opening cuts off a torn last line, and everything if the file belongs to another search.
+    `search` is all that decides what is asked and how it is answered, by what people call it. Opening cuts
+    off a torn last line; raises MergeCoreError, and touches nothing, where a file is another search's.
     """
 
-    def __init__(self, path: Path, search: Digest, *, tasks: int) -> None:
+    def __init__(self, path: Path, search: Mapping[str, str], *, tasks: int) -> None:
+        self._path = path
         self._tasks = tasks
-        self._head = canonical({"version": 1, "search": search}) + b"\n"
+        self._search = dict(search)
+        self._head = canonical({"version": 2, "search": self._search}) + b"\n"
         self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b")
         self._readings: dict[Question, Readings] = {}
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Journal:
         return self
@@ -102,9 +110,10 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def _load(self) -> None:
-        good = 0
-        if self._file.readline(len(self._head) + 1) == self._head:
-            good = len(self._head)
+        good, head = 0, self._file.readline(MAX_LINE)
+        if head.endswith(b"\n"):
+            self._expect(head)
+            good = len(head)
             while len(self._readings) < MAX_LINES and (line := self._file.readline(MAX_LINE)):
                 try:
                     question, readings = self._entry(line)
@@ -117,6 +126,26 @@ class Journal:
         if good == 0:
             self._file.write(self._head)
         self._sync()
+
+    def _expect(self, head: bytes) -> None:
+        """Raise MergeCoreError, naming what differs, where a head is not that of this search."""
+        if head == self._head:
+            return
+        try:
+            known = dict(json.loads(head)["search"])
+            names = sorted({*known, *self._search})
+            told = [f"{name} was {known.get(name)}, is {self._search.get(name)}" for name in names]
+            differ = [
+                words
+                for name, words in zip(names, told, strict=True)
+                if known.get(name) != self._search.get(name)
+            ]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            differ = []
+        raise MergeCoreError(
+            f"{self._path} is the journal of another search: {'; '.join(differ) or 'a strange first line'}",
+            hint="put that back as it was, or choose another -o and leave out --resume",
+        )
 
     def _entry(self, line: bytes) -> tuple[Question, Readings]:
         if not line.endswith(b"\n"):

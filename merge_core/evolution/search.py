@@ -32,7 +32,7 @@ def population(dimensions: int) -> int:
 
 def tools() -> dict[str, str]:
     """The versions of what decides a trajectory."""
-    return {name: metadata.version(name) for name in ("cma", "numpy")}
+    return {name: metadata.version(name) for name in ("cma", "numpy", "torch", "transformers")}
 
 
 class Search:

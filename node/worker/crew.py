@@ -1,7 +1,8 @@
 """A crew: children of a worker that evaluate candidates, each with one thread and one device.
 
     worker -> child   the request, then {"question": {…}} lines, then end of file
-    child -> worker   {"event": {"kind": "ready"}}, {"event": {"kind": "answer", …}} for each, a last word
+    child -> worker   {"event": {"kind": "ready", "device": "cpu"}}
+                      {"event": {"kind": "answer", …}} for each, a last word
 
 They are workers themselves and die with the one that started them. What a child answers follows from the
 question alone, so it does not matter which child answers it, or when.
@@ -34,13 +35,15 @@ class Crew:
         """Answer questions as the task `candidates` does for `request`, in so many processes."""
         self._requests = [{**request, "rank": rank} for rank in range(processes)]
         self._children: list[_Child] = []
+        self.device = ""
+        """The kind of device that the children evaluate on: cpu or cuda."""
 
     def __enter__(self) -> Self:
         try:
             for request in self._requests:
                 self._children.append(_Child(request))
             for child in self._children:
-                child.expect("ready")
+                self.device = child.expect("ready")["device"]
         except BaseException:
             self._end()
             raise

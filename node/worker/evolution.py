@@ -22,7 +22,7 @@ from typing import Any
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.reader import Checkpoint, FileStamp
-from merge_core.digest import Digest, canonical, sha256
+from merge_core.digest import canonical, sha256
 from merge_core.evaluation import tasks as evaluation
 from merge_core.evaluation.tasks import Task
 from merge_core.evolution import fitness, search
@@ -49,11 +49,14 @@ def evolve(request: Request, emit: Emit) -> Request:
     fitness.refuse_shared(tasks, reported)
     seed, budget = request["seed"], request["budget"]
     published = rename(recipe, ids)
-    identity = _identity(published, shape, seed, budget, tasks)
     with (
         TemporaryDirectory(prefix="weft-tasks-", dir=Path(request["journal"]).parent) as folder,
-        Journal(Path(request["journal"]), identity, tasks=len(tasks)) as journal,
         Crew(_to_evaluate(request, Path(folder), tasks, reported), processes=request["processes"]) as crew,
+        Journal(
+            Path(request["journal"]),
+            _identity(published, shape, seed, budget, tasks) | {"device": crew.device},
+            tasks=len(tasks),
+        ) as journal,
     ):
         evolution = Evolution(genome, crew.ask, journal, seed=seed, budget=budget)
         stop = request.get("stop", False)
@@ -95,15 +98,16 @@ def candidates(request: Request, emit: Emit) -> Request:
     tasks, reported = ([_written(item) for item in request[key]] for key in ("tasks", "reported"))
     with _opened(request["inputs"]) as models:
         genome = Genome.of(recipe, {name: model.header for name, model in models.items()}, shape)
+        device = _device(request["rank"])
         evaluator = Evaluator(
             genome,
             models,
             tasks,
             reported=reported,
             seed=request["seed"],
-            device=_device(request["rank"]),
+            device=device,
         )
-        emit({"kind": "ready"})
+        emit({"kind": "ready", "device": device.partition(":")[0]})
         for question, is_reported in questions(sys.stdin.buffer):
             readings = evaluator.read(question, reported=is_reported)
             emit({"kind": "answer", "readings": [reading.to_value() for reading in readings]})
@@ -120,20 +124,18 @@ def _known(inputs: Mapping[str, Request]) -> tuple[dict[str, ModelHeader], dict[
     return headers, ids
 
 
-def _identity(published: Recipe, shape: Shape, seed: int, budget: int, tasks: Sequence[Task]) -> Digest:
-    """What a journal belongs to: all that decides what is asked and how it is answered."""
-    return sha256(
-        canonical(
-            {
-                "start": published.to_yaml(),
-                "shape": shape.to_value(),
-                "seed": seed,
-                "budget": budget,
-                "fitness": fitness.definition(tasks, seed),
-                "tools": search.tools(),
-            }
-        )
-    )
+def _identity(
+    published: Recipe, shape: Shape, seed: int, budget: int, tasks: Sequence[Task]
+) -> dict[str, str]:
+    """What a journal belongs to: all that decides what is asked and how it is answered, but the device."""
+    return {
+        "the recipe": sha256(published.to_yaml().encode()),
+        "the shape": canonical(shape.to_value()).decode(),
+        "the seed": str(seed),
+        "the budget": str(budget),
+        "the tasks": fitness.definition(tasks, seed),
+        **search.tools(),
+    }
 
 
 def _tasks(references: Sequence[str]) -> list[Task]:

@@ -41,7 +41,6 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
-from merge_core.digest import sha256
 from merge_core.evaluation.scoring import Score, score
 from merge_core.evaluation.tasks import Metric, Task
 from merge_core.evolution import fitness
@@ -215,7 +214,7 @@ def searched(bench: Workbench, start: Recipe, shape: Shape, dev: Sequence[Task],
         return ((number, evaluator.read(question)) for number, question in enumerate(questions))
 
     with tempfile.TemporaryDirectory() as folder:
-        identity = sha256(f"{shape} {seed}".encode())
+        identity = {"shape": str(shape), "seed": str(seed)}
         with Journal(Path(folder) / "journal", identity, tasks=len(dev)) as journal:
             evolution = Evolution(genome, evaluate, journal, seed=seed, budget=BUDGET)
             for _ in evolution.generations():

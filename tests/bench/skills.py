@@ -27,7 +27,6 @@ import numpy as np
 import platformdirs
 from transformers.utils import logging
 
-from merge_core.digest import sha256
 from merge_core.evaluation.scoring import Score, score
 from merge_core.evolution.evaluator import Evaluator
 from merge_core.evolution.fitness import Reading, Readings, cost, refuse_shared
@@ -153,7 +152,7 @@ def searched(bench: Workbench, start: Recipe, shape: Shape, labelled: Any, seed:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal"
-        with Journal(path, sha256(f"{shape} {seed}".encode()), tasks=1) as journal:
+        with Journal(path, {"shape": str(shape), "seed": str(seed)}, tasks=1) as journal:
             evolution = Evolution(genome, evaluate, journal, seed=seed, budget=BUDGET)
             for _ in evolution.generations():
                 pass

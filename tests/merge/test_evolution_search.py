@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import canonical, sha256
-from merge_core.errors import CorruptCheckpoint, InvalidRecipe, InvalidTask
+from merge_core.errors import CorruptCheckpoint, InvalidRecipe, InvalidTask, MergeCoreError
 from merge_core.evaluation.tasks import Item, Metric, Task
 from merge_core.evolution import fitness
 from merge_core.evolution.fitness import BROKEN, MOST, Reading, Readings, cost, portion, yardsticks
@@ -34,7 +34,7 @@ models:
   - {model: math, parameters: {weight: 1.0}}
   - {model: code, parameters: {weight: 1.0}}
 """
-IDENTITY = sha256(b"a search")
+IDENTITY = {"the seed": "0", "torch": "2.13.0"}
 
 
 def genome(layers: int = 2) -> Genome:
@@ -161,11 +161,25 @@ def test_a_torn_or_strange_line_is_the_end_of_a_journal(tmp_path: Path, damage: 
     assert sorted((tmp_path / "journal").read_bytes().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_the_journal_of_another_search_is_not_believed(tmp_path: Path) -> None:
+def test_the_journal_of_another_search_is_neither_believed_nor_lost(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    search(path, Bowl())
+    whole = path.read_bytes()
+    with pytest.raises(MergeCoreError, match=r"torch was 2\.13\.0, is 2\.14\.0$") as caught:
+        Journal(path, IDENTITY | {"torch": "2.14.0"}, tasks=2)
+    assert "the seed" not in caught.value.why and "--resume" in caught.value.hint
+    assert path.read_bytes() == whole
+    path.write_bytes(b"[]\n" + whole)
+    with pytest.raises(MergeCoreError, match="strange"):
+        Journal(path, IDENTITY, tasks=2)
+    assert path.read_bytes() == b"[]\n" + whole
+
+
+def test_a_head_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
+    search(tmp_path / "whole", Bowl())
+    (tmp_path / "journal").write_bytes((tmp_path / "whole").read_bytes()[:20])
     search(tmp_path / "journal", Bowl())
-    with Journal(tmp_path / "journal", sha256(b"another"), tasks=2) as other:
-        assert not other.readings
-    assert len((tmp_path / "journal").read_bytes().splitlines()) == 1
+    assert (tmp_path / "journal").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_stopping_settles_for_whole_generations_that_the_journal_has(tmp_path: Path) -> None:
@@ -182,7 +196,7 @@ def test_stopping_settles_for_whole_generations_that_the_journal_has(tmp_path: P
 def test_lines_of_a_journal_are_for_people_too(tmp_path: Path) -> None:
     search(tmp_path / "journal", Bowl())
     head, *lines = map(json.loads, (tmp_path / "journal").read_bytes().splitlines())
-    assert head == {"search": IDENTITY, "version": 1}
+    assert head == {"search": IDENTITY, "version": 2}
     assert {(line["generation"], line["number"]) for line in lines} >= {(1, 0), (6, 9)}
 
 
