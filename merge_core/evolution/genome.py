@@ -364,10 +364,10 @@ class _Layout:
             raise InvalidRecipe(
                 "operators are chosen for groups of layers", hint="weft evolve RECIPE --groups"
             )
-        if self._shape.groups and self._merge.tokenizer is not None:
+        if self._merge.tokenizer is not None:
             raise InvalidRecipe(
-                "groups of layers and a choice of tokens do not go together",
-                hint="merge with the tokenizer first, then: weft evolve RECIPE --groups",
+                "candidates are asked with the tokenizer that the models have, not with a choice of tokens",
+                hint="merge with the tokenizer first, then: weft evolve RECIPE of what was merged",
             )
 
 

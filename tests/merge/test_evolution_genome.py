@@ -236,6 +236,8 @@ def test_the_heat_map_has_a_row_for_each_expert_and_a_column_for_each_layer() ->
             "no coefficients",
         ),
         (TASKS + "tokenizer_source: union\n", {"layers": 2, "groups": True}, "choice of tokens"),
+        (TASKS + "tokenizer_source: code\n", {"layers": 2}, "choice of tokens"),
+        (TASKS + "tokenizer: {source: union}\n", {}, "choice of tokens"),
     ],
 )
 def test_what_cannot_be_sought_is_refused_with_what_to_do(text: str, shape: dict[str, Any], why: str) -> None:
