@@ -8,54 +8,157 @@ in the directory chooses code: not `auto_map`, not `architectures`, not a tokeni
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING
+from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import CONFIG_MAPPING, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from merge_core.checkpoint.published import read_bounded
-from merge_core.checkpoint.reader import Checkpoint
-from merge_core.config_keys import CONFIG_KEYS
+from merge_core.checkpoint.reader import MAX_CONFIG, Checkpoint
+from merge_core.config_keys import CONFIG_KEYS, LAYER_COUNTS, TOKEN_IDS
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 
 MAX_TOKENIZER = 256 << 20
 
+_GENERATION = "generation_config.json"
+_TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_TABLES = 256 << 20
+"""Bytes of what a model works out from its config, as masks and angles, beyond the size of its weights."""
+
 
 def load_model(directory: Path) -> Any:
-    """Load a causal language model in float32 and eval mode.
+    """Load a causal language model in float32 and eval mode, of the weights that the checkpoint consists of.
 
-    Raises CorruptCheckpoint where tensors are missing or misshapen, Unmergeable on another kind of model.
+    Raises CorruptCheckpoint where tensors are missing or misshapen, before memory is taken for what a config
+    claims; Unmergeable on another kind of model.
     """
     with Checkpoint.open(directory) as checkpoint:
-        config = checkpoint.config
-    kind = config.get("model_type")
-    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
-    # An adapter's config would have another model loaded, from wherever it says.
-    if not isinstance(class_name, str) or (directory / "adapter_config.json").exists():
-        raise Unmergeable(
-            f"{directory} is a {str(kind)[:40]}, which cannot be opened as a language model",
-            hint="evaluate it with the tools of its own library",
-        )
-    try:
-        kept = {key: value for key, value in config.items() if key in CONFIG_KEYS}
-        model, told = getattr(transformers, class_name).from_pretrained(
-            directory,
-            config=CONFIG_MAPPING[kind].from_dict(kept),
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CorruptCheckpoint(f"{directory}: config and weights disagree: {error}") from error
+        kind = checkpoint.config.get("model_type")
+        class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+        # An adapter's config would have another model loaded, from wherever it says.
+        if not isinstance(class_name, str) or (directory / "adapter_config.json").exists():
+            raise Unmergeable(
+                f"{directory} is a {str(kind)[:40]}, which cannot be opened as a language model",
+                hint="evaluate it with the tools of its own library",
+            )
+        try:
+            model, told = _filled(checkpoint, CONFIG_MAPPING[kind], getattr(transformers, class_name))
+        except (OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CorruptCheckpoint(f"{directory}: config and weights disagree: {error}") from error
     wrong = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
     if wrong:
         raise CorruptCheckpoint(f"{directory}: tensors missing or misshapen: {', '.join(wrong[:5])}")
-    return model.eval()
+    return model
+
+
+def _filled(checkpoint: Checkpoint, config_class: Any, model_class: Any) -> tuple[Any, dict[str, Any]]:
+    """The model with its weights in place, and what transformers says of tensors that did not fit."""
+    kept = {key: value for key, value in checkpoint.config.items() if key in CONFIG_KEYS}
+    for key in LAYER_COUNTS:
+        if isinstance(kept.get(key), int) and kept[key] > len(checkpoint.tensors):
+            raise CorruptCheckpoint(
+                f"{checkpoint.path}: {kept[key]} layers are claimed of {len(checkpoint.tensors)} tensors"
+            )
+    config = config_class.from_dict(kept)
+    with torch.device("meta"), _at_most(4 * len(checkpoint.tensors) + 64):
+        _expect_room(model_class(config), checkpoint)
+    model, told = model_class.from_pretrained(
+        None,
+        config=config,
+        generation_config=_generation(checkpoint),
+        state_dict={name: _tensor(checkpoint, name) for name in checkpoint.tensors},
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told, and refused by name
+    )
+    return model.eval(), told
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Raise ValueError where more parameters than that are made, of any size."""
+    left = count
+
+    def take(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"the config asks for more than {count} tensors")
+
+    hook = register_module_parameter_registration_hook(take)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _expect_room(claimed: Any, checkpoint: Checkpoint) -> None:
+    """Raise CorruptCheckpoint where a model, made without memory, would have more weights than there are."""
+    numbers = {name: _numbers(info.shape) for name, info in checkpoint.tensors.items()}
+    wanted = dict(claimed.named_parameters())
+    tables = sum(one.numel() * one.element_size() for one in claimed.buffers())
+    if sum(one.numel() for one in wanted.values()) > sum(numbers.values()):
+        wrong = [
+            name
+            for name, one in wanted.items()
+            if name not in numbers or tuple(one.shape) != checkpoint.tensors[name].shape
+        ]
+        raise CorruptCheckpoint(
+            f"{checkpoint.path}: tensors missing or misshapen: {', '.join(wrong[:5]) or 'more than one'}"
+        )
+    if tables > _TABLES + 4 * sum(numbers.values()):
+        raise CorruptCheckpoint(f"{checkpoint.path}: the config asks for {tables} bytes beside the weights")
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor in memory of its own; what has fractions as float32."""
+    info = checkpoint.tensors[name]
+    stored = torch.empty(info.shape, dtype=_TORCH[info.dtype])
+    if info.length:
+        flat: NDArray[np.uint8] = stored.view(-1).view(torch.uint8).numpy()
+        checkpoint.read_bytes(name, 0, info.length, into=memoryview(flat))
+    return stored.float() if stored.is_floating_point() else stored
+
+
+def _generation(checkpoint: Checkpoint) -> GenerationConfig | None:
+    """Which tokens open and end texts, where the model says so apart from its config."""
+    if _GENERATION not in checkpoint.survey.functional:
+        return None
+    found = json.loads(read_bounded(checkpoint.path / _GENERATION, MAX_CONFIG))
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{_GENERATION} is no object")
+    return GenerationConfig(**{key: found[key] for key in TOKEN_IDS if key in found})
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
