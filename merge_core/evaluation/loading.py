@@ -51,13 +51,17 @@ _TORCH = {
 }
 _TABLES = 256 << 20
 """Bytes of what a model works out from its config, as masks and angles, beyond the size of its weights."""
+_PROBED = 8
+"""Tokens of the rows that show whether a model looks ahead."""
+_MOVED = 1e-3
+"""What logits move by, beside the largest of them, when a later token is seen; roundings are far smaller."""
 
 
 def load_model(directory: Path) -> Any:
     """Load a causal language model in float32 and eval mode, of the weights that the checkpoint consists of.
 
     Raises CorruptCheckpoint where tensors are missing or misshapen, before memory is taken for what a config
-    claims; Unmergeable on another kind of model.
+    claims; Unmergeable on another kind of model, and on one that looks at later tokens.
     """
     with Checkpoint.open(directory) as checkpoint:
         kind = checkpoint.config.get("model_type")
@@ -75,6 +79,11 @@ def load_model(directory: Path) -> Any:
     wrong = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
     if wrong:
         raise CorruptCheckpoint(f"{directory}: tensors missing or misshapen: {', '.join(wrong[:5])}")
+    if _looks_ahead(model):
+        raise Unmergeable(
+            f"{directory} looks at the tokens that it is to predict: no score would mean anything",
+            hint="evaluate a causal model, or this one with the tools of its own library",
+        )
     return model
 
 
@@ -159,6 +168,18 @@ def _generation(checkpoint: Checkpoint) -> GenerationConfig | None:
     if not isinstance(found, Mapping):
         raise ValueError(f"{_GENERATION} is no object")
     return GenerationConfig(**{key: found[key] for key in TOKEN_IDS if key in found})
+
+
+@torch.inference_mode()
+def _looks_ahead(model: Any) -> bool:
+    """Whether logits move with a later token, in rows that differ in the last one only."""
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    length = min(_PROBED, getattr(model.config, "max_position_embeddings", None) or _PROBED)
+    ids = torch.arange(length).mul(7).remainder(vocabulary).repeat(4, 1)
+    ids[:, -1] = torch.arange(4) * vocabulary // 4
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    moved = (logits - logits[:1]).abs().nan_to_num(0.0)  # what is no number, scoring refuses
+    return bool(moved.numel() and moved.max() > _MOVED * logits.abs().nan_to_num(0.0).max().clamp(min=1e-6))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

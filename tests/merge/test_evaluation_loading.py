@@ -121,3 +121,11 @@ def test_misshapen_tensors_are_named(tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CorruptCheckpoint, match=r"lm_head\.weight"):
         load_model(directory)
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unmergeable, match="looks at the tokens"):
+        load_model(saved(tmp_path / "bert", "bert"))
+    configure(saved(tmp_path / "m"), is_causal=False)
+    with pytest.raises(Unmergeable, match="looks at the tokens"):
+        load_model(tmp_path / "m")
