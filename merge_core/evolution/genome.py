@@ -1,7 +1,8 @@
 """The Genome: which coefficients of a recipe are sought, and the ordinary recipe that a list of numbers is.
 
     genome = Genome.of(recipe, headers, Shape(layers=4))
-    genome.recipe(genome.start)      # the recipe that it began with, with every coefficient spelled out
+    genome.recipe(genome.start)      # what it began with, as far as genes can tell
+    genome.recipe(())                # the recipe that it began with, as it stands
 
 A gene is one number: a parameter of one expert, for attention, feed-forward blocks or the rest, at one point
 over the depth of the model. It is written in the words that recipes have: a gradient over the layers under a
@@ -157,7 +158,7 @@ class Genome:
 
     @property
     def start(self) -> tuple[float, ...]:
-        """The genes of the recipe that the search begins with."""
+        """The genes that lie nearest to the recipe: they know no filters, and no more points than the shape."""
         return tuple(gene.start for gene in self.genes)
 
     @property
@@ -166,7 +167,9 @@ class Genome:
         return self.origin.merges[-1].single_base
 
     def recipe(self, values: Sequence[float]) -> Recipe:
-        """The recipe that these genes are, each rounded and brought within its bounds."""
+        """The recipe that these genes are, each rounded and brought within its bounds; none: the origin."""
+        if not values:
+            return self.origin
         chosen = self.settled(values)
         if self.shape.groups:
             return self._of_groups(chosen)

@@ -29,7 +29,10 @@ MAX_LINES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is evaluated, at a share of the items: a candidate by its settled values, or a `model`."""
+    """What is evaluated, at a share of the items: a candidate by its settled values, or a `model`.
+
+    With neither the recipe that the search began with, as it stands.
+    """
 
     share: float
     values: tuple[float, ...] = ()

@@ -1,8 +1,9 @@
 """`evolve`: generations of candidates, asked of whatever evaluates them, to the recipe that costs least.
 
-Base and start are asked first, on the same items as the candidates, for costs are told in their terms. At the
-end the cheapest candidates, the middle of the last generation and the start itself are asked all items: what
-is found is never worse than the start at what was sought. Evaluators may answer in any order and be any
+Base and start are asked first, on the same items as the candidates, for costs are told in their terms. The
+start is the recipe as it stands, which may say more than genes can. At the end the cheapest candidates, the
+middle of the last generation and the start itself are asked all items: what is found is never worse than the
+start at what was sought. Evaluators may answer in any order and be any
 number; the trajectory is the same.
 """
 
@@ -45,6 +46,8 @@ class Generation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """What a search ends with: the values that cost least, and readings and costs on all items.
+
+    No values: nothing costs less than the recipe as it stood.
 
     `trajectory` is the digest of every generation's candidates and costs, in order.
     """
@@ -117,7 +120,7 @@ class Evolution:
     def settle(self) -> Found:
         """Ask the best so far all items, and choose."""
         yardsticks = self._yardsticks(1.0)
-        start = self._genome.settled(self._genome.start)
+        start: Values = ()
         middle = self._genome.settled(self._search.mean)
         finalists = list(dict.fromkeys([start, *(values for _, values in self._ranked), middle]))
         readings = self._ask([Question(share=1.0, values=values) for values in finalists])
@@ -144,7 +147,7 @@ class Evolution:
 
     def _as_references(self, share: float) -> list[Question]:
         base = [] if self._base is None else [Question(share=share, model=self._base)]
-        return [*base, Question(share=share, values=self._genome.settled(self._genome.start))]
+        return [*base, Question(share=share)]
 
     def _ask(self, questions: Sequence[Question]) -> list[Readings]:
         """Answers in the order of the questions; what the journal knows is not asked again."""

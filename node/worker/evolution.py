@@ -164,8 +164,7 @@ def _written(item: Mapping[str, str]) -> Task:
 
 def _reported(crew: Crew, genome: Genome, found: Found) -> list[Readings | None]:
     """The readings of base, start and result at the tasks that are only reported."""
-    start = Question(share=1.0, values=genome.settled(genome.start))
-    asked = [start, Question(share=1.0, values=found.values)]
+    asked = [Question(share=1.0), Question(share=1.0, values=found.values)]
     if genome.base is not None:
         asked.append(Question(share=1.0, model=genome.base))
     answers = dict(crew.ask(asked, reported=True))

@@ -312,6 +312,27 @@ def test_values_that_an_operator_does_not_take_together_are_broken(models: dict[
     assert evaluator.read(Question(share=1.0, values=genome.start)) != (BROKEN,)
 
 
+def test_a_recipe_that_says_more_than_genes_can_is_asked_as_it_stands(
+    folder: Path, models: dict[str, Model], tmp_path: Path
+) -> None:
+    from merge_core.evaluation.loading import load_tokenizer
+    from merge_core.evaluation.scoring import score
+
+    by_name = "[{filter: q_proj, value: 0.2}, {filter: v_proj, value: 0.9}, {value: 0.5}]"
+    recipe = parse(
+        "merge_method: task_arithmetic\nbase_model: base\nmodels:\n"
+        f"  - {{model: math, parameters: {{weight: {by_name}}}}}\n"
+        "  - {model: code, parameters: {weight: [0, 1]}}\n"
+    )
+    genome = Genome.of(recipe, {name: model.header for name, model in models.items()}, Shape())
+    evaluator = Evaluator(genome, models, [REVERSE], seed=0)
+    plan, inputs = planned(recipe, models)
+    found = score(written(plan, inputs, tmp_path / "written"), load_tokenizer(folder / "base"), REVERSE)
+    (reading,) = evaluator.read(Question(share=1.0))
+    assert reading.loss == pytest.approx(sum(found.losses) / sum(found.bytes), rel=1e-9)
+    assert evaluator.read(Question(share=1.0, values=genome.start)) != (reading,)
+
+
 def test_text_that_the_tokenizer_cannot_spell_is_told_at_once(models: dict[str, Model]) -> None:
     genome = Genome.of(
         parse(TASKS.replace("METHOD", "task_arithmetic")),
