@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_core.digest import Digest, canonical, sha256
-from merge_core.errors import InvalidTask
+from merge_core.errors import InvalidTask, Unmergeable
 from merge_core.evaluation.tasks import Task
 
 WORST = 0.5
@@ -62,14 +62,23 @@ Readings = tuple[Reading, ...]
 
 
 def cost(readings: Readings, yardsticks: Sequence[float]) -> float:
-    """What a candidate costs; always finite."""
+    """What a candidate costs; finite, as yardsticks are."""
     each = [_cost(reading, yardstick) for reading, yardstick in zip(readings, yardsticks, strict=True)]
     return sum(each) / len(each) + WORST * max(each)
 
 
 def yardsticks(*references: Readings) -> tuple[float, ...]:
-    """The least loss of several models at each task: what counts as 1."""
-    return tuple(max(min(r.loss for r in task), _FLOOR) for task in zip(*references, strict=True))
+    """The least loss of several models at each task: what counts as 1.
+
+    Raises Unmergeable where none of them computes numbers: nothing can be told in their terms.
+    """
+    least = [min(reading.loss for reading in task) for task in zip(*references, strict=True)]
+    if not all(map(math.isfinite, least)):
+        raise Unmergeable(
+            "neither the base nor the recipe as it stands computes numbers: nothing can be compared with them",
+            hint="weft eval BASE --tasks TASK; or begin with smaller weights",
+        )
+    return tuple(max(loss, _FLOOR) for loss in least)
 
 
 def portion(task: Task, share: float, seed: int) -> Task:
@@ -119,4 +128,4 @@ def by_name(tasks: Sequence[Task], readings: Readings) -> Mapping[str, Reading]:
 
 def _cost(reading: Reading, yardstick: float) -> float:
     wrong = 0.0 if reading.right is None else 1.0 - reading.right
-    return min(reading.loss / yardstick, MOST) + wrong
+    return min(reading.loss, MOST * yardstick) / yardstick + wrong

@@ -158,7 +158,7 @@ class Genome:
 
     @property
     def start(self) -> tuple[float, ...]:
-        """The genes that lie nearest to the recipe: they know no filters, and no more points than the shape."""
+        """The genes nearest to the recipe: they know no filters, and no more points than the shape."""
         return tuple(gene.start for gene in self.genes)
 
     @property

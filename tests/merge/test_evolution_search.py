@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import canonical, sha256
-from merge_core.errors import CorruptCheckpoint, InvalidRecipe, InvalidTask, MergeCoreError
+from merge_core.errors import CorruptCheckpoint, InvalidRecipe, InvalidTask, MergeCoreError, Unmergeable
 from merge_core.evaluation.tasks import Item, Metric, Task
 from merge_core.evolution import fitness
 from merge_core.evolution.fitness import BROKEN, MOST, Reading, Readings, cost, portion, yardsticks
@@ -229,6 +229,21 @@ def test_yardsticks_are_the_least_losses() -> None:
     base, start = (Reading(loss=1.0), Reading(loss=0.2)), (Reading(loss=0.5), Reading(loss=0.4))
     assert yardsticks(base, start) == (0.5, 0.2)
     assert min(yardsticks((Reading(loss=0.0),))) > 0
+
+
+def test_nothing_is_sought_where_base_and_start_are_broken(tmp_path: Path) -> None:
+    class Broken(Bowl):
+        """Nothing computes numbers."""
+
+        def __call__(self, questions: Sequence[Question]) -> Iterator[tuple[int, Readings]]:
+            yield from ((number, (BROKEN, BROKEN)) for number, _ in enumerate(questions))
+
+    with pytest.raises(Unmergeable, match="neither the base nor the recipe"):
+        search(tmp_path / "journal", Broken())
+    with pytest.raises(Unmergeable):
+        yardsticks((Reading(loss=1.0), BROKEN), (Reading(loss=1.0), BROKEN))
+    assert yardsticks((BROKEN,), (Reading(loss=0.5),)) == (0.5,)
+    assert math.isfinite(cost((BROKEN,), (1e300,)))
 
 
 @given(reading=READINGS)
