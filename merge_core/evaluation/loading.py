@@ -156,7 +156,7 @@ def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     stored = torch.empty(info.shape, dtype=_TORCH[info.dtype])
     if info.length:
         flat: NDArray[np.uint8] = stored.view(-1).view(torch.uint8).numpy()
-        checkpoint.read_bytes(name, 0, info.length, into=memoryview(flat))
+        checkpoint.read_bytes(name, 0, info.length, into=flat.data)
     return stored.float() if stored.is_floating_point() else stored
 
 
