@@ -13,13 +13,13 @@ them, arXiv:2502.10436). Which items those are follows from the seed and their d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merge_core.digest import Digest, canonical, sha256
 from merge_core.errors import InvalidTask, Unmergeable
-from merge_core.evaluation.tasks import Task
+from merge_core.evaluation.tasks import Item, Task
 
 WORST = 0.5
 """What the worst task counts beside the mean."""
@@ -75,7 +75,7 @@ def yardsticks(*references: Readings) -> tuple[float, ...]:
     least = [min(reading.loss for reading in task) for task in zip(*references, strict=True)]
     if not all(map(math.isfinite, least)):
         raise Unmergeable(
-            "neither the base nor the recipe as it stands computes numbers: nothing can be compared with them",
+            "neither the base nor the recipe as it stands computes numbers: there is nothing to compare with",
             hint="weft eval BASE --tasks TASK; or begin with smaller weights",
         )
     return tuple(max(loss, _FLOOR) for loss in least)
@@ -106,14 +106,16 @@ def definition(tasks: Sequence[Task], seed: int) -> Digest:
 def refuse_shared(sought: Sequence[Task], reported: Sequence[Task]) -> None:
     """Raise InvalidTask where an item is both sought by and reported: such a report would tell nothing.
 
+    Items are the same where their text is, wherever the prompt ends, or where one prompt has two answers.
     Tasks of one name are refused too: nobody could tell them apart.
     """
-    asked: dict[Digest, str] = {digest: task.name for task in sought for digest in task.item_digests}
+    asked = {digest: task.name for task in sought for item in task.items for digest in _traits(item)}
     for task in reported:
-        shared = [digest for digest in task.item_digests if digest in asked]
+        known = [[asked[digest] for digest in _traits(item) if digest in asked] for item in task.items]
+        shared = [names[0] for names in known if names]
         if shared:
             raise InvalidTask(
-                f"{task.name} shares {len(shared)} items with {asked[shared[0]]}, by which was sought",
+                f"{task.name} shares {len(shared)} items with {shared[0]}, by which was sought",
                 hint="report on items that the search has not seen, such as those of a :test split",
             )
     names = [task.name for task in (*sought, *reported)]
@@ -124,6 +126,13 @@ def refuse_shared(sought: Sequence[Task], reported: Sequence[Task]) -> None:
 def by_name(tasks: Sequence[Task], readings: Readings) -> Mapping[str, Reading]:
     """Readings by the names of their tasks."""
     return {task.name: reading for task, reading in zip(tasks, readings, strict=True)}
+
+
+def _traits(item: Item) -> Iterator[Digest]:
+    """By what an item is known again: all its text, and its prompt if it has one."""
+    yield sha256(f"text/{item.prompt}{item.answer}".encode())
+    if item.prompt:
+        yield sha256(f"prompt/{item.prompt}".encode())
 
 
 def _cost(reading: Reading, yardstick: float) -> float:
