@@ -104,13 +104,16 @@ class Predictor:
     def _batches(self, rows: Sequence[Asked]) -> Iterator[list[int]]:
         """Indices of rows, the longest first, as many at once as the bounds allow."""
         batch: list[int] = []
-        widest = 0
+        least = 0
         for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i)):
-            widest = max(widest, rows[index].count)
-            full = len(batch) == self.batch_size or (len(batch) + 1) * widest * self.vocabulary > _LOGITS
-            if batch and full:
+            first = rows[batch[0] if batch else index]
+            begin = min(least, rows[index].start)
+            # What is padded, or known at the start of another row, takes as much as what is wanted.
+            numbers = (len(batch) + 1) * (len(first.ids) - begin + 1) * self.vocabulary
+            if batch and (len(batch) == self.batch_size or numbers > _LOGITS):
                 yield batch
-                batch, widest = [], rows[index].count
+                batch = []
+            least = min(least, rows[index].start) if batch else rows[index].start
             batch.append(index)
         if batch:
             yield batch
