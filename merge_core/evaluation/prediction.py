@@ -147,10 +147,11 @@ class Predictor:
     def follow(self, ids: Sequence[int], steps: int) -> Iterator[int]:
         """Go on greedily after `ids`, at most `steps` tokens, each computed when it is asked for."""
         seen, cache = list(ids), None
-        if self.context is not None:
-            seen = seen[-max(self.context - steps, 1) :]
         given = seen
         for _ in range(steps):
+            if self.context is not None and len(seen) > self.context:
+                seen = seen[-self.context :]  # every position moves, and nothing that is cached holds
+                given, cache = seen, None
             told = self.model(
                 input_ids=torch.tensor([given], device=self.device), past_key_values=cache, use_cache=True
             )

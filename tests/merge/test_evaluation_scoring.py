@@ -253,17 +253,31 @@ def test_what_is_nearly_equal_is_decided_with_the_item_alone(monkeypatch: pytest
 
 def test_a_batch_has_no_more_logits_than_memory_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    run = prediction.Predictor._run
+    run = prediction.Predictor._logits
 
-    def watched(self: Predictor, rows: Any, picking: bool) -> Any:
-        sizes.append(len(rows) * max(row.count for row in rows))
-        return run(self, rows, picking)
+    def watched(self: Predictor, ids: Any, kept: int) -> Any:
+        sizes.append(len(ids) * (kept + 1))
+        return run(self, ids, kept)
 
-    monkeypatch.setattr(prediction.Predictor, "_run", watched)
+    monkeypatch.setattr(prediction.Predictor, "_logits", watched)
     monkeypatch.setattr(prediction, "_LOGITS", 60 * len(WORDS))
-    task = told()
-    score(model("llama"), spelled(), task)
+    score(model("llama"), spelled(), told())
     assert len(sizes) > 10 and max(sizes) <= 60
+    sizes.clear()
+    asked = [prediction.Asked(ids=[3] * 40, start=39), prediction.Asked(ids=[3] * 4, start=1)]
+    Predictor(model=model("llama"), batch_size=64).predict(asked)
+    assert sizes == [2, 4]  # together they would take two rows of forty
+
+
+@pytest.mark.parametrize("length", [CONTEXT - 8, CONTEXT, CONTEXT + 8])
+def test_a_model_goes_on_after_all_of_a_prompt_that_fits(length: int) -> None:
+    ids = [3 + i * i % 9 for i in range(length)]
+    found = list(Predictor(model=model("llama"), batch_size=1).follow(ids, 12))
+    for token in found:
+        with torch.no_grad():
+            logits = model("llama")(input_ids=torch.tensor([ids[-CONTEXT:]])).logits[0, -1]
+        assert token == int(logits.argmax())
+        ids.append(token)
 
 
 def test_progress_counts_the_tokens_that_are_predicted() -> None:
