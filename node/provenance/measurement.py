@@ -8,9 +8,12 @@ digest of a task says what to ask to measure it again. `Measurement.parse(m.to_b
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,20 +167,33 @@ def lines(directory: Path) -> list[bytes]:
 def attach(directory: Path, line: bytes) -> Path:
     """Add a signed line to a model's evaluations file, at once and durably; the file.
 
-    Raises VerificationFailed where what lies there does not hold, LimitReached where it is full.
+    Who attaches at the same time waits. Raises VerificationFailed where what lies there does not hold,
+    LimitReached where it is full.
     """
     path = directory / EVALUATIONS_FILE
-    kept = lines(directory)
-    for number, other in enumerate(kept, 1):
-        try:
-            open_line(other)
-        except VerificationFailed as error:
-            raise VerificationFailed(f"{path}, line {number}: {error.why}", hint=f"rm {path}") from error
-    data = b"".join(one + b"\n" for one in (*kept, line))
-    if len(kept) == MAX_MEASUREMENTS or len(data) > MAX_FILE:
-        raise LimitReached(f"{path} holds as many measurements as are read", hint=f"mv {path} {path}.old")
-    files.replace(path, data)
+    with _alone(directory):
+        kept = lines(directory)
+        for number, other in enumerate(kept, 1):
+            try:
+                open_line(other)
+            except VerificationFailed as error:
+                raise VerificationFailed(f"{path}, line {number}: {error.why}", hint=f"rm {path}") from error
+        data = b"".join(one + b"\n" for one in (*kept, line))
+        if len(kept) == MAX_MEASUREMENTS or len(data) > MAX_FILE:
+            raise LimitReached(f"{path} holds as many measurements as are read", hint=f"mv {path} {path}.old")
+        files.replace(path, data)
     return path
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a lock on the directory itself, since the file in it is replaced; it ends with the process."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def told(directory: Path, model_id: ModelId | None) -> list[tuple[bool | None, str]]:

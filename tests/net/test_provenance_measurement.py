@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def test_several_people_measure_one_model(family) -> None:
     measurement.attach(family.merged, measurement.sign(again, family.builder))
     assert [open_line(line) for line in measurement.lines(family.merged)] == [measured(family), again]
     assert len(told(family.merged)) == 3
+
+
+def test_no_signature_is_lost_when_many_attach_at_once(family) -> None:
+    signed = [measurement.sign(measured(family, measured_at=NOW + i), family.owner) for i in range(12)]
+    with ThreadPoolExecutor(max_workers=12) as pool:
+        list(pool.map(lambda line: measurement.attach(family.merged, line), signed))
+    assert sorted(measurement.lines(family.merged)) == sorted(signed)
 
 
 def test_a_model_that_nobody_merged_can_be_measured_too(family) -> None:
