@@ -32,6 +32,7 @@ class Generation:
     """How far a search is, told after each generation: `number` of `of`, counted from 1.
 
     `best` and `mean` are costs in this generation, at its share of the items; `values` are the best's.
+    `evaluated` are the candidates so far, of whom none is counted twice at one share.
     """
 
     number: int
@@ -85,6 +86,7 @@ class Evolution:
         self._trajectory: list[Any] = []
         self._ranked: list[tuple[float, Values]] = []
         self._done = 0
+        self._tried: set[Question] = set()
 
     def generations(self, *, known_only: bool = False) -> Iterator[Generation]:
         """Every generation of the budget, evaluated and told; `known_only` ends with what the journal has."""
@@ -97,6 +99,7 @@ class Evolution:
                 return
             yardsticks = self._yardsticks(share)
             readings = self._ask(questions)
+            self._tried.update(questions)
             costs = [fitness.cost(reading, yardsticks) for reading in readings]
             self._search.tell(costs)
             self._done = number + 1
@@ -113,7 +116,7 @@ class Evolution:
                 share=share,
                 best=min(costs),
                 mean=sum(costs) / len(costs),
-                evaluated=self._done * len(asked),
+                evaluated=len(self._tried),
                 values=self._ranked[0][1],
             )
 
@@ -134,7 +137,7 @@ class Evolution:
             start=readings[0],
             base=None if self._base is None else self._references(1.0)[0],
             generations=self._done,
-            evaluated=self._done * self._search.population,
+            evaluated=len(self._tried),
             trajectory=sha256(canonical(self._trajectory)),
         )
 

@@ -114,6 +114,18 @@ def test_the_result_is_never_worse_than_the_start(tmp_path: Path) -> None:
     assert genome().recipe(found.values) == parse(RECIPE)
 
 
+def test_a_candidate_that_comes_again_is_not_counted_again(tmp_path: Path) -> None:
+    wide = genome(0)
+    narrow = replace(wide, genes=tuple(replace(gene, start=8.0, low=7.9999) for gene in wide.genes))
+    bowl = Bowl()
+    with Journal(tmp_path / "journal", IDENTITY, tasks=2) as opened:
+        evolution = Evolution(narrow, bowl, opened, seed=0, budget=300)
+        *_, last = evolution.generations()
+        candidates = {question for question in bowl.asked if question.values}
+        assert last.evaluated == len(candidates) <= 12
+        assert evolution.settle().evaluated == len(candidates)
+
+
 def test_one_seed_is_one_trajectory_in_whatever_order_answers_come(tmp_path: Path) -> None:
     first, _ = search(tmp_path / "1", Bowl())
     second, _ = search(tmp_path / "2", Bowl(backwards=False))
