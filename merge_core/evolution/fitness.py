@@ -19,7 +19,7 @@ from typing import Any
 
 from merge_core.digest import Digest, canonical, sha256
 from merge_core.errors import InvalidTask, Unmergeable
-from merge_core.evaluation.tasks import Item, Task
+from merge_core.evaluation.tasks import Item, Metric, Task
 
 WORST = 0.5
 """What the worst task counts beside the mean."""
@@ -106,12 +106,17 @@ def definition(tasks: Sequence[Task], seed: int) -> Digest:
 def refuse_shared(sought: Sequence[Task], reported: Sequence[Task]) -> None:
     """Raise InvalidTask where an item is both sought by and reported: such a report would tell nothing.
 
-    Items are the same where their text is, wherever the prompt ends, or where one prompt has two answers.
+    Items are the same where their text is, wherever the prompt ends, or where one question has two answers;
+    what text goes on from is no question, and may come twice.
     Tasks of one name are refused too: nobody could tell them apart.
     """
-    asked = {digest: task.name for task in sought for item in task.items for digest in _traits(item)}
+    asked = {
+        digest: task.name for task in sought for item in task.items for digest in _traits(item, task.metric)
+    }
     for task in reported:
-        known = [[asked[digest] for digest in _traits(item) if digest in asked] for item in task.items]
+        known = [
+            [asked[digest] for digest in _traits(item, task.metric) if digest in asked] for item in task.items
+        ]
         shared = [names[0] for names in known if names]
         if shared:
             raise InvalidTask(
@@ -128,10 +133,10 @@ def by_name(tasks: Sequence[Task], readings: Readings) -> Mapping[str, Reading]:
     return {task.name: reading for task, reading in zip(tasks, readings, strict=True)}
 
 
-def _traits(item: Item) -> Iterator[Digest]:
-    """By what an item is known again: all its text, and its prompt if it has one."""
+def _traits(item: Item, metric: Metric) -> Iterator[Digest]:
+    """By what an item is known again: all its text, and its prompt where that is a question."""
     yield sha256(f"text/{item.prompt}{item.answer}".encode())
-    if item.prompt:
+    if metric is not Metric.BITS_PER_BYTE:
         yield sha256(f"prompt/{item.prompt}".encode())
 
 

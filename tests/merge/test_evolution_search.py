@@ -297,12 +297,16 @@ def test_items_that_are_sought_by_cannot_be_reported() -> None:
     other = Task(name="b", metric=Metric.BITS_PER_BYTE, items=(Item(prompt="2=", answer="2"),))
     with pytest.raises(InvalidTask, match="shares"):
         fitness.refuse_shared([task("a", 1, 2)], [other])
-    for prompt, answer in (("2", "=2"), ("", "2=2"), ("2=", "3")):
+    for prompt, answer in (("2", "=2"), ("", "2=2")):
         spelled = Task(name="b", metric=Metric.BITS_PER_BYTE, items=(Item(prompt=prompt, answer=answer),))
         with pytest.raises(InvalidTask, match="b shares 1 items with a"):
             fitness.refuse_shared([task("a", 1, 2)], [spelled])
+    answered = Task(name="b", metric=Metric.EXACT_MATCH, items=(Item(prompt="2=", answer="3"),))
+    with pytest.raises(InvalidTask, match="b shares 1 items with a"):
+        fitness.refuse_shared([task("a", 1, 2)], [answered])
     texts = [
-        Task(name=name, metric=Metric.BITS_PER_BYTE, items=(Item(prompt="", answer=name),)) for name in "ab"
+        Task(name=name, metric=Metric.BITS_PER_BYTE, items=(Item(prompt="if ", answer=name),))
+        for name in "ab"
     ]
     fitness.refuse_shared(texts[:1], texts[1:])
     with pytest.raises(InvalidTask, match="two tasks"):
