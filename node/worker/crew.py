@@ -14,8 +14,10 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -26,6 +28,7 @@ from node.errors import LocalError
 from node.worker.messages import MAX_LINE, decode, encode, rebuild_error
 
 _LAST_WORDS = 4 << 10
+"""Bytes of a child's stderr that are kept to explain its end."""
 
 
 class Crew:
@@ -83,11 +86,13 @@ class _Child:
     """One process and its pipes."""
 
     def __init__(self, request: Mapping[str, Any]) -> None:
-        # Its stderr is the worker's: what a library has to say belongs there.
+        # A file, not a pipe: nobody has to read along lest it fill up.
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "node.worker", "candidates", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._words,
             env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -106,10 +111,7 @@ class _Child:
         while True:
             line = self.voice.readline(MAX_LINE)
             if not line.endswith(b"\n"):
-                raise LocalError(
-                    f"an evaluator ended with code {self._process.wait()}, maybe for want of memory",
-                    hint="weft evolve RECIPE --processes 1",
-                )
+                raise self._death()
             message = decode(line)
             if "error" in message:
                 raise rebuild_error(message["error"])
@@ -118,12 +120,34 @@ class _Child:
                 found: dict[str, Any] = event
                 return found
 
+    def _death(self) -> LocalError:
+        """Why the child ended without a last word."""
+        self.voice.close()  # nobody listens any more: it must not wait for that
+        code = self._process.wait()
+        size = self._words.seek(0, os.SEEK_END)
+        self._words.seek(max(0, size - _LAST_WORDS))
+        tail = self._words.read().decode(errors="replace")
+        if code == -signal.SIGKILL:
+            return LocalError(
+                "an evaluator was killed (SIGKILL), most often because memory ran out",
+                hint="weft evolve RECIPE --processes 1",
+            )
+        lines = tail.strip().splitlines()
+        why = f"it died of {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
+        error = LocalError(
+            f"an evaluator failed: {why}{': ' + lines[-1][:500] if lines else ' and no word'}",
+            hint="weft doctor",
+        )
+        error.add_note(tail)
+        return error
+
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
         with contextlib.suppress(BrokenPipeError):
             self._ear.close()
         self.voice.close()
+        self._words.close()
 
 
 def questions(ear: BinaryIO) -> Iterator[tuple[Question, bool]]:
