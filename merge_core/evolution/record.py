@@ -20,6 +20,8 @@ from merge_core.evolution.genome import Shape
 
 MAX_RECORD = 4 << 20
 MAX_TASKS = 256
+MAX_TOOLS = 32
+MAX_VERSION = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class Judged:
     @classmethod
     def parse(cls, value: Any) -> Judged:
         """Read what `to_value` writes."""
-        if not isinstance(value["name"], str) or not 0 < len(value["name"]) <= MAX_NAME:
+        if not _is_name(value["name"], MAX_NAME):
             raise ValueError("the name of a task")
         return cls(
             name=value["name"],
@@ -132,10 +134,15 @@ def _read(value: Any) -> SearchRecord:
     check_version(value["version"], 1, "record")
     recipes.parse(value["start"])
     tools, tasks, reported = value["tools"], value["tasks"], value["reported"]
-    if not all(isinstance(k, str) and isinstance(v, str) for k, v in tools.items()):
+    if len(tools) > MAX_TOOLS or not all(_is_name(word, MAX_VERSION) for kv in tools.items() for word in kv):
         raise ValueError("the tools")
     if not 1 <= len(tasks) <= MAX_TASKS or len(reported) > MAX_TASKS:
         raise ValueError("the number of tasks")
+    seen = {task["digest"] for task in tasks} & {task["digest"] for task in reported}
+    if seen or len({task["name"] for task in (*tasks, *reported)}) < len(tasks) + len(reported):
+        raise ValueError("a task is named twice, or both sought by and reported")
+    if _count(value["evaluated"]) > _count(value["budget"]):
+        raise ValueError("more candidates than its budget")
     return SearchRecord(
         start=value["start"],
         recipe=Digest(value["recipe"]),
@@ -149,6 +156,10 @@ def _read(value: Any) -> SearchRecord:
         tasks=tuple(map(Judged.parse, tasks)),
         reported=tuple(map(Judged.parse, reported)),
     )
+
+
+def _is_name(value: Any, most: int) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= most and value.isprintable()
 
 
 def _count(value: Any) -> int:

@@ -54,6 +54,7 @@ from node.provenance.files import read_record
 from node.provenance.statement import MAX_PROVENANCE, MergeProvenance, open_provenance, origins
 
 _BESIDE = ("README.md", "model.safetensors.index.json")
+_NAMED = 5
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -237,11 +238,17 @@ def _search(checkpoint: Checkpoint) -> tuple[None, str]:
     record = SearchRecord.parse(read_record(path, survey, SEARCH_FILE, MAX_RECORD))
     if sha256(read_record(path, survey, RECIPE_FILE, MAX_RECIPE)) != record.recipe:
         raise VerificationFailed(f"{SEARCH_FILE} tells of a search that found another recipe")
-    names = ", ".join(task.name for task in record.tasks)
+    names = few([task.name for task in record.tasks])
     return (
         None,
         f"{record.evaluated} candidates tried for {names}, seed {record.seed}; the searcher's own word",
     )
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many there are beside them."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _operators(plan: MergePlan) -> str:

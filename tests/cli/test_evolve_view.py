@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 
 from node.cli.evolution import _View, heat_map
+from node.provenance.verify import few
 
 ROWS = ["/models/math", "/models/[red]code"]
 
@@ -66,3 +67,9 @@ def test_a_view_tells_costs_and_the_time_that_is_left() -> None:
     assert "about 80 s left" in shown and "1/4" in shown and "0.7500" in shown and "25%" in shown
     view({"kind": "settling"})
     assert "all items" in drawn(live.renderable)
+
+
+def test_of_many_tasks_few_are_named() -> None:
+    names = [str(number) for number in range(256)]
+    assert few(names) == "0, 1, 2, 3, 4 and 251 more"
+    assert few(names[:5]) == "0, 1, 2, 3, 4"

@@ -347,6 +347,14 @@ CHANGES: dict[str, Callable[[dict[str, object]], object]] = {
     "tasks without end": lambda value: value.update(reported=[{}] * 300),
     "a start that is no recipe": lambda value: value.update(start="merge_method: magic"),
     "tools that are numbers": lambda value: value.update(tools={"cma": 4}),
+    "tools without end": lambda value: value.update(tools={f"t{n}": "1" for n in range(40)}),
+    "a tool of escapes": lambda value: value.update(tools={"cma": "\x1b[2J"}),
+    "a task of escapes": lambda value: value["tasks"][0].update(name="\x1b[2J"),  # type: ignore[index]
+    "more than its budget": lambda value: value.update(evaluated=201),
+    "what was sought by is reported": lambda value: value.update(
+        reported=[{**value["tasks"][0], "name": "b"}]  # type: ignore[index]
+    ),
+    "one name twice": lambda value: value["reported"][0].update(name="a"),  # type: ignore[index]
     "a shape of anything": lambda value: value.update(shape={"layers": "many", "operators": []}),
 }
 
