@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import signal
@@ -441,15 +442,26 @@ def evaluate(
     how: Measuring,
     *,
     attest: bool = False,
+    output: Path | None = None,
     on_event: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Score models side by side, as `node.evaluation` says; `attest` signs the scores as this node's."""
+    """Score models side by side, as `node.evaluation` says; `attest` signs the scores as this node's.
+
+    They lie in `output` as JSON before anything is attached, and again with what was.
+    """
     from node import evaluation
 
     attesting = None
     if attest:
         attesting = evaluation.Attesting(identity=identity(home), hashes=hashes(home), now=time.time())
-    return asyncio.run(evaluation.evaluate(models, how, attesting=attesting, on_event=on_event))
+
+    def keep(data: dict[str, Any]) -> None:
+        if output is not None:
+            write(output, json.dumps(data, indent=2) + "\n")
+
+    data = asyncio.run(evaluation.evaluate(models, how, attesting=attesting, on_event=on_event, keep=keep))
+    keep(data)
+    return data
 
 
 def expect_writable(path: Path) -> None:

@@ -84,16 +84,20 @@ async def evaluate(
     *,
     attesting: Attesting | None = None,
     on_event: Callable[[Data], None],
+    keep: Callable[[Data], None] = lambda data: None,
 ) -> Data:
     """Score models in a worker; the data that `weft eval --json` prints.
 
-    With `attesting` the scores are signed, and attached to each model. Raises InvalidTask on a task that
-    there is not, CorruptCheckpoint and Unmergeable on models, VerificationFailed on one that nothing can be
-    attached to.
+    With `attesting` the scores are signed, and attached to each model, after `keep` got them. Raises
+    InvalidTask on a task that there is not, CorruptCheckpoint and Unmergeable on models, VerificationFailed
+    on one that nothing can be attached to.
     """
     from node.worker import process
 
     _look(models, how, attested=attesting is not None)
+    if attesting:
+        for path in models.values():
+            measurement.expect_room(path)
     subjects = {name: _subject(path, attesting.hashes) for name, path in models.items()} if attesting else {}
     request = {
         "models": [[name, str(path.absolute())] for name, path in models.items()],
@@ -107,12 +111,14 @@ async def evaluate(
     }
     rows = (await process.run("evaluate", request, on_event=on_event))["rows"]
     told = [{"name": name, "directory": str(path.absolute())} for name, path in models.items()]
+    data = {"models": told, "tasks": [row | {"best": best(row)} for row in rows], "summary": summary(rows)}
+    keep(data)
     if attesting:
         for place, (name, path) in enumerate(models.items()):
             results = tuple(_result(row, place) for row in rows)
             file = _attest(path, subjects[name], results, attesting)
             told[place] |= {"model_id": str(subjects[name]), "attested": str(file.absolute())}
-    return {"models": told, "tasks": [row | {"best": best(row)} for row in rows], "summary": summary(rows)}
+    return data
 
 
 def _look(models: Mapping[str, Path], how: Measuring, *, attested: bool) -> None:

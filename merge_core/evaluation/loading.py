@@ -64,14 +64,7 @@ def load_model(directory: Path) -> Any:
     claims; Unmergeable on another kind of model, and on one that looks at later tokens.
     """
     with Checkpoint.open(directory) as checkpoint:
-        kind = checkpoint.config.get("model_type")
-        class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
-        # An adapter's config would have another model loaded, from wherever it says.
-        if not isinstance(class_name, str) or (directory / "adapter_config.json").exists():
-            raise Unmergeable(
-                f"{directory} is a {str(kind)[:40]}, which cannot be opened as a language model",
-                hint="evaluate it with the tools of its own library",
-            )
+        kind, class_name = _class_of(checkpoint)
         try:
             model, told = _filled(checkpoint, CONFIG_MAPPING[kind], getattr(transformers, class_name))
         except (OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -85,6 +78,26 @@ def load_model(directory: Path) -> Any:
             hint="evaluate a causal model, or this one with the tools of its own library",
         )
     return model
+
+
+def expect_model(directory: Path) -> None:
+    """Raise what can be seen without reading weights of a model that cannot be opened, or its tokenizer."""
+    with Checkpoint.open(directory) as checkpoint:
+        _class_of(checkpoint)
+    load_tokenizer(directory)
+
+
+def _class_of(checkpoint: Checkpoint) -> tuple[str, str]:
+    """The type of a model and the name of its class; raises Unmergeable where it has none."""
+    kind = checkpoint.config.get("model_type")
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    # An adapter's config would have another model loaded, from wherever it says.
+    if not isinstance(class_name, str) or (checkpoint.path / "adapter_config.json").exists():
+        raise Unmergeable(
+            f"{checkpoint.path} is a {str(kind)[:40]}, which cannot be opened as a language model",
+            hint="evaluate it with the tools of its own library",
+        )
+    return str(kind), class_name
 
 
 def _filled(checkpoint: Checkpoint, config_class: Any, model_class: Any) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -91,12 +90,11 @@ def evaluate(
     if output is not None:
         app.expect_writable(output)
     with _counting(out) as on_event:
-        data = app.evaluate(Home.default(), models, how, attest=attest, on_event=on_event)
+        data = app.evaluate(Home.default(), models, how, attest=attest, output=output, on_event=on_event)
     for model in data["models"]:
         if "attested" in model:
             out.say(f"Attested: [bold]weft verify {escape(model['directory'])}[/] shows it")
     if output is not None:
-        app.write(output, json.dumps(data, indent=2) + "\n")
         out.say(f"The scores lie in [bold]{escape(str(output))}[/]")
     out.result(data, lambda console: console.print(scores(data)))
 

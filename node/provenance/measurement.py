@@ -26,7 +26,7 @@ from merge_core.errors import MergeCoreError
 from merge_core.evaluation.tasks import MAX_ITEMS, MAX_NAME, Metric
 from node.domain import text
 from node.domain.ids import PeerId
-from node.errors import LimitReached, VerificationFailed
+from node.errors import LimitReached, LocalError, VerificationFailed
 from node.identity.keyring import Identity
 from node.provenance.proven import Proven
 from node.provenance.statement import PAYLOAD_TYPE, STATEMENT_TYPE
@@ -172,17 +172,35 @@ def attach(directory: Path, line: bytes) -> Path:
     """
     path = directory / EVALUATIONS_FILE
     with _alone(directory):
-        kept = lines(directory)
-        for number, other in enumerate(kept, 1):
-            try:
-                open_line(other)
-            except VerificationFailed as error:
-                raise VerificationFailed(f"{path}, line {number}: {error.why}", hint=f"rm {path}") from error
-        data = b"".join(one + b"\n" for one in (*kept, line))
-        if len(kept) == MAX_MEASUREMENTS or len(data) > MAX_FILE:
-            raise LimitReached(f"{path} holds as many measurements as are read", hint=f"mv {path} {path}.old")
+        data = b"".join(one + b"\n" for one in (*_kept(path), line))
+        if len(data) > MAX_FILE:
+            raise _full(path)
         files.replace(path, data)
     return path
+
+
+def expect_room(directory: Path) -> None:
+    """Raise before a model is measured what `attach` would raise after; LocalError where it cannot write."""
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise LocalError(f"{directory} cannot be written to", hint=f"ls -ld {directory}")
+    _kept(directory / EVALUATIONS_FILE)
+
+
+def _kept(path: Path) -> list[bytes]:
+    """The lines of a file that has room for one more, each verified."""
+    kept = lines(path.parent)
+    for number, other in enumerate(kept, 1):
+        try:
+            open_line(other)
+        except VerificationFailed as error:
+            raise VerificationFailed(f"{path}, line {number}: {error.why}", hint=f"rm {path}") from error
+    if len(kept) == MAX_MEASUREMENTS:
+        raise _full(path)
+    return kept
+
+
+def _full(path: Path) -> LimitReached:
+    return LimitReached(f"{path} holds as many measurements as are read", hint=f"mv {path} {path}.old")
 
 
 @contextmanager

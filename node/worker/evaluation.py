@@ -42,12 +42,22 @@ def evaluate(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     if request.get("download"):  # before anything reads them
         os.environ |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
     device, scorers = device_of(request.get("device", "auto")), _scorers(request)
+    _look(request["models"])
     columns = []
     for name, directory in request["models"]:
         scored = _opened(name, Path(directory), device)
         columns.append([row for scorer in scorers for row in scorer(scored, emit)])
         del scored  # two models at once may be more than fits
     return {"rows": [_joined(rows) for rows in zip(*columns, strict=True)]}
+
+
+def _look(models: Sequence[Sequence[str]]) -> None:
+    """Raise what a later model would be refused for before the first one is scored."""
+    from merge_core.evaluation.loading import expect_model
+
+    for name, directory in models:
+        with telling(name):
+            expect_model(Path(directory))
 
 
 def _opened(name: str, directory: Path, device: str) -> Scored:

@@ -12,7 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from merge_core.errors import Unmergeable
 from node import evaluation
+from node.provenance import measurement
+from node.worker import evaluation as worker
 from node.worker import process
 
 LETTERS = "abcdefgh ="
@@ -125,6 +128,31 @@ def test_scores_are_not_attached_to_what_has_no_record_or_by_nobody(weft: Any, t
     other = weft("--json", "eval", "left", "--tasks", "one.jsonl", "--attest")
     assert other.code == 5 and other.error["hint"] == "weft verify left"
     assert not (table / "left" / "weft.evaluations.jsonl").exists()
+
+
+def test_scores_outlive_what_cannot_be_attached(weft: Any, table: Path, monkeypatch: Any) -> None:
+    """What is seen to fail is not measured; what fails after was written first."""
+    assert weft("init").code == 0
+    (table / "recipe.yml").write_text(RECIPE)
+    assert weft("merge", "recipe.yml", "-o", "out").code == 0
+    words = ("--json", "eval", "out", "--tasks", "one.jsonl", "--attest", "-o", "scores.json")
+    attach = measurement.attach
+    monkeypatch.setattr(measurement, "attach", lambda folder, line: attach(folder / "gone", line))
+    assert weft(*words).code != 0
+    kept = json.loads((table / "scores.json").read_text())
+    assert kept["tasks"][0]["task"] == "one.jsonl"
+    monkeypatch.setattr(process, "run", untouched)
+    (table / "out" / "weft.evaluations.jsonl").write_text("{}\n")
+    assert "line 1" in weft(*words).error["why"]
+
+
+def test_a_later_model_is_looked_at_before_the_first_is_scored(table: Path) -> None:
+    (table / "right" / "tokenizer.json").unlink()
+    seen: list[Any] = []
+    models = [[name, str(table / name)] for name in ("left", "right")]
+    with pytest.raises(Unmergeable, match="right"):
+        worker.evaluate({"models": models, "tasks": ["one.jsonl"]}, seen.append)
+    assert seen == []
 
 
 def untouched(*_: object, **__: object) -> None:
