@@ -17,7 +17,7 @@ that failed is not checked, and says so. Whether the plan really gives these byt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
