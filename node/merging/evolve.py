@@ -64,7 +64,7 @@ class Search:
         largest = max(sum(math.prod(i.shape) for i in p.header.tensors.values()) for p in planned.parents)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
         room = max(1, memory // (_PROCESS + 4 * largest))
-        return self.processes or min(os.cpu_count() or 1, MOST_PROCESSES, room)
+        return self.processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES, room)
 
 
 def folder_of(target: Path) -> Path:
