@@ -23,8 +23,8 @@ Data = dict[str, Any]
 
 _SHOWN = 8
 """Generations that are on the screen at once."""
-_COLUMNS = 24
-"""Layers that a heat map has room for; of more, some are left out."""
+_LABEL, _CELL = 21, 6
+"""Columns of the screen that the name of an expert and one coefficient take."""
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -201,7 +201,12 @@ class _View:
             now = self._clock()
             left = (now - self._told_at) / event["share"] * event["left"]
             self._told_at = now
-            self._live.update(Group(self._costs(left), heat_map(event["rows"], event["weights"])))
+            self._live.update(
+                Group(
+                    self._costs(left),
+                    heat_map(event["rows"], event["weights"], width=self._live.console.width),
+                )
+            )
         elif event["kind"] in ("settling", "stopping"):
             words = {"settling": "the best are asked all items …", "stopping": "stopping …"}
             self._live.update(Text(words[event["kind"]], style="dim"))
@@ -215,10 +220,13 @@ class _View:
         return table(title, ("generation", "best", "mean", "of the items"), rows)
 
 
-def heat_map(rows: Sequence[str], weights: Sequence[Sequence[float]]) -> Table:
-    """Coefficients as numbers on colours: blue below 0, red above, the deeper the farther from it."""
-    count = len(weights[0])
-    shown = range(count) if count <= _COLUMNS else [count * i // _COLUMNS for i in range(_COLUMNS)]
+def heat_map(rows: Sequence[str], weights: Sequence[Sequence[float]], *, width: int) -> Table:
+    """Coefficients as numbers on colours: blue below 0, red above, the deeper the farther from it.
+
+    Of more layers than a screen of `width` columns has room for, some are left out.
+    """
+    count, room = len(weights[0]), max(1, (width - _LABEL) // _CELL)
+    shown = range(count) if count <= room else [count * i // room for i in range(room)]
     drawn = Table(box=None, pad_edge=False, padding=0, header_style="dim")
     drawn.add_column("layer")
     for layer in shown:
@@ -226,7 +234,7 @@ def heat_map(rows: Sequence[str], weights: Sequence[Sequence[float]]) -> Table:
     most = max((abs(value) for row in weights for value in row), default=0.0) or 1.0
     for name, row in zip(rows, weights, strict=True):
         label = Path(name).name or name
-        drawn.add_row(escape(f"{label[:20]} "), *(_cell(row[layer], most) for layer in shown))
+        drawn.add_row(escape(f"{label[: _LABEL - 1]} "), *(_cell(row[layer], most) for layer in shown))
     return drawn
 
 

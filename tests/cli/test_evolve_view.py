@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
+from merge_core.evolution.genome import Shape
 from node.cli.evolution import _View, heat_map
+from node.merging.evolve import Search
 from node.provenance.verify import few
 
 ROWS = ["/models/math", "/models/[red]code"]
@@ -44,7 +48,7 @@ def generation(number: int, **more: Any) -> dict[str, Any]:
 
 
 def test_a_heat_map_has_experts_and_layers() -> None:
-    shown = drawn(heat_map(ROWS, [[0.5, 1.0], [0.25, -1.0]]))
+    shown = drawn(heat_map(ROWS, [[0.5, 1.0], [0.25, -1.0]], width=200))
     first, math, code = (line.split() for line in shown.splitlines()[:3])
     assert first == ["layer", "0", "1"]
     assert math == ["math", "0.50", "1.00"]
@@ -52,8 +56,12 @@ def test_a_heat_map_has_experts_and_layers() -> None:
 
 
 def test_a_deep_model_still_fits() -> None:
-    header = drawn(heat_map(["math"], [[0.0] * 80])).splitlines()[0].split()
-    assert len(header) == 25 and header[1] == "0" and int(header[-1]) < 80
+    for width in (40, 80, 200):
+        screen = Console(file=io.StringIO(), width=width, force_terminal=False)
+        screen.print(heat_map(["a-long-name-of-an-expert"], [[-0.25] * 80], width=width))
+        header, row = (line.split() for line in screen.file.getvalue().splitlines())  # type: ignore[attr-defined]
+        assert header[:2] == ["layer", "0"] and int(header[-1]) < 80 and "…" not in "".join(row[1:])
+        assert row[1:] == ["-0.25"] * (len(header) - 1) and len(header) == 1 + (width - 21) // 6
 
 
 def test_a_view_tells_costs_and_the_time_that_is_left() -> None:
@@ -67,6 +75,16 @@ def test_a_view_tells_costs_and_the_time_that_is_left() -> None:
     assert "about 80 s left" in shown and "1/4" in shown and "0.7500" in shown and "25%" in shown
     view({"kind": "settling"})
     assert "all items" in drawn(live.renderable)
+
+
+def test_no_more_processes_evaluate_than_this_one_may_use_cores() -> None:
+    planned: Any = SimpleNamespace(parents=[SimpleNamespace(header=SimpleNamespace(tensors={}))])
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert Search(tasks=("rev:dev",), shape=Shape()).at_once(planned) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_of_many_tasks_few_are_named() -> None:
