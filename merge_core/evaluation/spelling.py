@@ -63,19 +63,26 @@ class Speller:
         """Each second text after the first; a token that belongs to both is the second's."""
         found: list[Spelled] = []
         for (before, text), whole in zip(pairs, self._encode([b + t for b, t in pairs]), strict=True):
-            ends = [end for _, end in whole.offsets]
+            whole_text, ends = before + text, [end for _, end in whole.offsets]
             own = next((i for i, end in enumerate(ends) if end > len(before)), len(ends))
             opening = self._opening or ([] if before else self._first)
             ids, start = [*opening, *whole.ids], len(opening) + own
             if start == 0 and not before and ids:  # nothing comes before the first token: it is given
                 start, text = 1, text[ends[0] :]
-            if _drops(whole.offsets, len(before + text)):
+            if _drops(whole.offsets, len(whole_text)) and not self._spells(whole.ids, whole_text):
                 raise Unmergeable(
                     f"the tokenizer drops characters of item {len(found) + 1}: they would cost nothing",
                     hint="choose a task in characters that the tokenizer knows",
                 )
             found.append(self._checked(ids, start, text, len(found)))
         return found
+
+    def _spells(self, ids: list[int], text: str) -> bool:
+        """Whether tokens decode to a text, itself or as it is normalized, but for white space."""
+        normalizer = self._tokenizer.normalizer
+        normal = normalizer.normalize_str(text) if normalizer else text
+        told = self._tokenizer.decode(ids, skip_special_tokens=False).split()
+        return "".join(told) in ("".join(text.split()), "".join(normal.split()))
 
     def _encode(self, texts: list[str]) -> list[Any]:
         return list(self._tokenizer.encode_batch(texts, add_special_tokens=False))

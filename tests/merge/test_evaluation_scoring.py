@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,7 +25,7 @@ from merge_core.errors import Unmergeable
 from merge_core.evaluation import prediction, scoring
 from merge_core.evaluation.prediction import Predictor
 from merge_core.evaluation.scoring import Score, score
-from merge_core.evaluation.spelling import is_answer
+from merge_core.evaluation.spelling import Speller, is_answer
 from merge_core.evaluation.tasks import Item, Metric, Task
 from merge_core.zoo.threads import one_thread_each
 
@@ -339,6 +339,23 @@ def test_characters_that_the_tokenizer_drops_are_not_predicted_for_free(text: st
         task = Task(name="x", metric=Metric.BITS_PER_BYTE, items=(item,))
         with pytest.raises(Unmergeable, match="drops characters of item 1"):
             score(model("llama"), spelled(), task)
+
+
+def bytewise(*, normal: bool = False) -> Tokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.post_processor = processors.ByteLevel(trim_offsets=not normal)
+    made.decoder = decoders.ByteLevel()
+    if normal:
+        made.normalizer = normalizers.NFC()
+    return made
+
+
+@pytest.mark.parametrize(("normal", "text"), [(False, "Hello world"), (True, "e\u0301a b")])
+def test_what_offsets_leave_out_but_tokens_spell_is_not_dropped(normal: bool, text: str) -> None:
+    (found,) = Speller(bytewise(normal=normal), model("llama"), 256).texts([("ab", text)])
+    assert found.bytes == len(text.encode())
 
 
 def test_an_answer_that_the_tokenizer_spells_in_part_is_never_given() -> None:
