@@ -32,7 +32,8 @@ class Generation:
     """How far a search is, told after each generation: `number` of `of`, counted from 1.
 
     `best` and `mean` are costs in this generation, at its share of the items; `values` are the best's.
-    `evaluated` are the candidates so far, of whom none is counted twice at one share.
+    `evaluated` are the candidates so far, of whom none is counted twice at one share. `replayed`: the
+    journal knew all of this generation, which took no time.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Generation:
     mean: float
     evaluated: int
     values: Values
+    replayed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,8 @@ class Evolution:
             asked = self._search.ask()
             settled = [self._genome.settled(values) for values in asked]
             questions = [Question(share=share, values=values) for values in settled]
-            if known_only and not self._journal.readings.keys() >= {*questions, *self._as_references(share)}:
+            replayed = self._journal.readings.keys() >= {*questions, *self._as_references(share)}
+            if known_only and not replayed:
                 return
             yardsticks = self._yardsticks(share)
             readings = self._ask(questions)
@@ -118,6 +121,7 @@ class Evolution:
                 mean=sum(costs) / len(costs),
                 evaluated=len(self._tried),
                 values=self._ranked[0][1],
+                replayed=replayed,
             )
 
     def settle(self) -> Found:

@@ -199,7 +199,8 @@ class _View:
         if event["kind"] == "generation":
             self._generations.append(event)
             now = self._clock()
-            left = (now - self._told_at) / event["share"] * event["left"]
+            took = now - self._told_at
+            left = None if event["replayed"] else took / event["share"] * event["left"]
             self._told_at = now
             self._live.update(
                 Group(
@@ -211,13 +212,18 @@ class _View:
             words = {"settling": "the best are asked all items …", "stopping": "stopping …"}
             self._live.update(Text(words[event["kind"]], style="dim"))
 
-    def _costs(self, left: float) -> Table:
+    def _costs(self, left: float | None) -> Table:
         rows = [
             (f"{g['number']}/{g['of']}", f"{g['best']:.4f}", f"{g['mean']:.4f}", f"{g['share']:.0%}")
             for g in self._generations[-_SHOWN:]
         ]
-        title = f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
-        return table(title, ("generation", "best", "mean", "of the items"), rows)
+        return table(_time(left), ("generation", "best", "mean", "of the items"), rows)
+
+
+def _time(left: float | None) -> str:
+    if left is None:
+        return "taken up"
+    return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
 
 
 def heat_map(rows: Sequence[str], weights: Sequence[Sequence[float]], *, width: int) -> Table:

@@ -193,6 +193,7 @@ def _told(generation: Generation, genome: Genome) -> dict[str, Any]:
         "best": generation.best,
         "mean": generation.mean,
         "evaluated": generation.evaluated,
+        "replayed": generation.replayed,
         "rows": list(genome.rows),
         "weights": genome.weights(generation.values),
     }

@@ -36,6 +36,7 @@ def generation(number: int, **more: Any) -> dict[str, Any]:
         "share": 0.25,
         "left": 2.5,
         "evaluated": 12 * number,
+        "replayed": False,
     }
     return {
         **told,
@@ -65,9 +66,11 @@ def test_a_deep_model_still_fits() -> None:
 
 
 def test_a_view_tells_costs_and_the_time_that_is_left() -> None:
-    ticks = iter([0.0, 10.0, 30.0])
+    ticks = iter([0.0, 0.01, 10.01, 30.01])
     live = Live(console=console(), auto_refresh=False)
     view = _View(live, lambda: next(ticks))
+    view(generation(1, replayed=True))
+    assert "taken up" in drawn(live.renderable) and "left" not in drawn(live.renderable)
     view(generation(1))
     assert "about 2 min left" in drawn(live.renderable)
     view(generation(2, left=1.0))

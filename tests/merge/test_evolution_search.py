@@ -93,7 +93,7 @@ def test_a_search_finds_better_values_and_tells_how_it_goes(tmp_path: Path) -> N
     assert size == 4 + int(3 * math.log(10)) and len(generations) == 200 // size
     assert [g.number for g in generations] == list(range(1, 200 // size + 1))
     assert [g.evaluated for g in generations] == [size * g.number for g in generations]
-    assert all(g.best <= g.mean for g in generations)
+    assert all(g.best <= g.mean and not g.replayed for g in generations)
     assert {g.share for g in generations} == set(fitness.SHARES)
     assert found.cost < 0.5 * found.start_cost
     assert found.evaluated == generations[-1].evaluated
@@ -202,6 +202,7 @@ def test_stopping_settles_for_whole_generations_that_the_journal_has(tmp_path: P
     stopped = Bowl()
     found, generations = search(tmp_path / "journal", stopped, known_only=True)
     assert generations and found.generations == len(generations)
+    assert all(generation.replayed for generation in generations)
     assert found.evaluated == generations[-1].evaluated < 60
     assert found.cost <= found.start_cost
     assert {question.share for question in stopped.asked} == {1.0}
