@@ -98,9 +98,12 @@ class Speller:
         return Spelled(asked=Asked(ids=ids, start=start), bytes=len(text.encode()))
 
     def text(self, context: Sequence[int], more: Sequence[int]) -> str:
-        """What `more` tokens add to the text of those before."""
-        before = self._tokenizer.decode(list(context))
-        return self._tokenizer.decode([*context, *more]).removeprefix(before)
+        """What `more` tokens add to the text of those before; special ones are text, too."""
+        before, whole = (
+            self._tokenizer.decode(list(ids), skip_special_tokens=False)
+            for ids in (context, [*context, *more])
+        )
+        return whole.removeprefix(before)
 
 
 def _drops(offsets: Sequence[tuple[int, int]], length: int) -> bool:

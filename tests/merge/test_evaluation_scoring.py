@@ -90,9 +90,9 @@ def greedy(kind: str, prompt: str, steps: int = 10) -> tuple[str, bool]:
     for _ in range(steps):
         token = int(model(kind)(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
         if token == EOS:
-            return spelled().decode(ids[before:]), True
+            return spelled().decode(ids[before:], skip_special_tokens=False), True
         ids.append(token)
-    return spelled().decode(ids[before:]), False
+    return spelled().decode(ids[before:], skip_special_tokens=False), False
 
 
 def right(answer: str, written: str, ended: bool) -> bool:
@@ -148,7 +148,7 @@ def test_transformers_own_generation_gives_the_same_answers() -> None:
         told = model("llama").generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False)
         made = told[0, len(ids) :].tolist()
         ended = EOS in made
-        written = spelled().decode(made[: made.index(EOS)] if ended else made)
+        written = spelled().decode(made[: made.index(EOS)] if ended else made, skip_special_tokens=False)
         assert right(item.answer, written, ended) == hit, item
 
 
@@ -297,7 +297,7 @@ def test_without_an_end_token_an_answer_ends_with_its_line() -> None:
         with torch.no_grad():
             for _ in range(10):
                 ids.append(int(free(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        written[prompt] = spelled().decode(ids).removeprefix(prompt)
+        written[prompt] = spelled().decode(ids[1:], skip_special_tokens=False).removeprefix(prompt)
     lines = {p: t.partition("\n")[0] for p, t in written.items() if "\n" in t and not t.startswith("\n")}
     assert lines
     items = tuple(Item(prompt=p, answer=a) for p, line in lines.items() for a in (line, line + "a"))
@@ -356,6 +356,13 @@ def bytewise(*, normal: bool = False) -> Tokenizer:
 def test_what_offsets_leave_out_but_tokens_spell_is_not_dropped(normal: bool, text: str) -> None:
     (found,) = Speller(bytewise(normal=normal), model("llama"), 256).texts([("ab", text)])
     assert found.bytes == len(text.encode())
+
+
+def test_a_written_special_token_is_seen_unless_it_ends_the_answer() -> None:
+    speller = Speller(spelled(), model("llama"), len(WORDS))
+    a, b = WORDS.index("a"), WORDS.index("b")
+    assert speller.text([BOS, a], [b]) == "b"
+    assert speller.text([BOS, a], [0, b]) == "<pad>b"
 
 
 def test_an_answer_that_the_tokenizer_spells_in_part_is_never_given() -> None:
