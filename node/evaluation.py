@@ -144,8 +144,11 @@ def _look(models: Mapping[str, Path], how: Measuring, *, attested: bool) -> None
 def best(row: Data) -> list[int]:
     """Which models are best at a task, by their places; none where there is only one."""
     values = row["values"]
-    most = max(values) if row["higher_is_better"] else min(values)
-    return [place for place, value in enumerate(values) if value == most] if len(values) > 1 else []
+    known = [value for value in values if value is not None]
+    most = (max if row["higher_is_better"] else min)(known, default=None)
+    return (
+        [place for place, value in enumerate(values) if value == most is not None] if len(values) > 1 else []
+    )
 
 
 def summary(rows: Sequence[Data]) -> list[Data]:
@@ -159,7 +162,7 @@ def summary(rows: Sequence[Data]) -> list[Data]:
         by_model = list(zip(*(row["values"] for row in same), strict=True))
         for name, over in (("mean", _mean), ("worst", min if higher else max)):
             row = {"over": name, "metric": metric, "higher_is_better": higher}
-            row["values"] = [over(values) for values in by_model]
+            row["values"] = [None if None in values else over(values) for values in by_model]
             found.append(row | {"best": best(row)})
     return found
 

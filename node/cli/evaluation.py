@@ -125,6 +125,9 @@ def _metric(row: Data) -> str:
 
 def _cells(row: Data) -> Iterator[str]:
     for place, value in enumerate(row["values"]):
+        if value is None:
+            yield "– "
+            continue
         told = f"{100 * value:.1f}" if row["metric"] in _SHARES else f"{value:.4f}"
         yield f"[bold]{told}[/]*" if place in row["best"] else f"{told} "
 

@@ -4,10 +4,10 @@
               tasks_path?, download?, run_code?}
         -> {rows: [{task, metric, items, digest, higher_is_better, values, nats_per_byte}]}
 
-`values` are in the order of `models`; `limit` takes the first items of each task; the device `auto`, which is
-the default, is a GPU where there is one. What begins with `lm-eval:` is lm-eval's: it is looked up in
-`tasks_path` too, fetches data only with `download`, and runs what a model writes only with `run_code`; its
-rows have neither digest nor nats.
+`values` are in the order of `models`, null where a metric was not read of one; `limit` takes the first
+items of each task; the device `auto`, which is the default, is a GPU where there is one. What begins with
+`lm-eval:` is lm-eval's: it is looked up in `tasks_path` too, fetches data only with `download`, and runs
+what a model writes only with `run_code`; its rows have neither digest nor nats.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def evaluate(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         scored = _opened(name, Path(directory), device)
         columns.append([row for scorer in scorers for row in scorer(scored, emit)])
         del scored  # two models at once may be more than fits
-    return {"rows": [_joined(rows) for rows in zip(*columns, strict=True)]}
+    return {"rows": joined(columns)}
 
 
 def _look(models: Sequence[Sequence[str]]) -> None:
@@ -161,11 +161,20 @@ def _ask_harness(harness: Harness, reference: str, scored: Scored, emit: Emit) -
     ]
 
 
-def _joined(rows: Sequence[Row]) -> Row:
-    """The rows of all models at one task and metric as one."""
-    values = [row["value"] for row in rows]
-    told = {key: value for key, value in rows[0].items() if key not in ("value", "nats_per_byte")}
-    return told | {"values": values, "nats_per_byte": [row["nats_per_byte"] for row in rows]}
+def joined(columns: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rows of all models, one for each task and metric that was read of some."""
+    by_name = [{(row["task"], row["metric"]): row for row in column} for column in columns]
+    firsts: dict[tuple[str, str], Row] = {}
+    for column in by_name:
+        firsts = column | firsts
+    names = dict.fromkeys(name for column in by_name for name in column)
+    rows = []
+    for name in names:
+        told = {key: value for key, value in firsts[name].items() if key not in ("value", "nats_per_byte")}
+        for key, plural in (("value", "values"), ("nats_per_byte", "nats_per_byte")):
+            told[plural] = [column[name][key] if name in column else None for column in by_name]
+        rows.append(told)
+    return rows
 
 
 @contextmanager

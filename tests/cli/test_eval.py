@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from merge_core.errors import Unmergeable
 from node import evaluation
+from node.cli.evaluation import scores
 from node.provenance import measurement
 from node.worker import evaluation as worker
 from node.worker import process
@@ -221,6 +222,23 @@ def test_equal_models_are_all_best_and_a_lone_one_is_not_marked() -> None:
     assert evaluation.best(row) == [1, 2]
     assert evaluation.best(row | {"higher_is_better": False}) == [0]
     assert evaluation.best(row | {"values": [0.5]}) == []
+
+
+def test_rows_are_joined_by_what_they_measure_not_by_their_places() -> None:
+    def row(metric: str, value: float) -> dict[str, Any]:
+        told = {"task": "lm-eval:x", "metric": metric, "items": 3, "digest": None, "nats_per_byte": None}
+        return told | {"higher_is_better": True, "value": value}
+
+    rows = worker.joined(
+        [[row("acc", 0.1), row("f1", 0.2)], [row("f1", 0.3)], [row("f1", 0.4), row("em", 1)]]
+    )
+    found = {row["metric"]: row["values"] for row in rows}
+    assert found == {"acc": [0.1, None, None], "f1": [0.2, 0.3, 0.4], "em": [None, None, 1]}
+    assert [evaluation.best(row) for row in rows] == [[0], [2], [2]]
+    other = [row | {"task": "lm-eval:y"} for row in rows]
+    means = [row["values"] for row in evaluation.summary([*rows, *other]) if row["over"] == "mean"]
+    assert means == [[0.1, None, None], [0.2, 0.3, 0.4], [None, None, 1]]
+    scores({"models": [{"name": n} for n in "abc"], "tasks": [r | {"best": []} for r in rows], "summary": []})
 
 
 def test_models_of_one_name_are_told_apart_by_where_they_lie(tmp_path: Path, monkeypatch: Any) -> None:
