@@ -103,51 +103,7 @@ DENSITY = Parameter(name="density", each=True, default=1.0, low=0.0, high=1.0)
 
 def operator(name: str, thinning: Thinning, *, consensus: bool, normalize: bool) -> Operator:
     """The operator that adds what `thinning` leaves; `normalize` is the default of that parameter."""
-
-    def apply(chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
-        weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
-        vectors = [thinning.apply(vector) for vector in _vectors(chunk, parameters, traced)]
-        if consensus:
-            mixed = agreeing(vectors, weights, normalize=normal)
-        else:
-            mixed = vectors[0]
-            for vector in vectors[1:]:
-                mixed = mixed + vector
-            mixed = mixed / sum_of(weights) if normal else mixed
-        return chunk.tensors[0] + mixed * single(number(parameters, "lambda"))
-
-    def compiled(chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
-        from merge_core.operators import kernels
-
-        weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
-        vectors, thin = _vectors(chunk, parameters, traced), thinning.compiled
-        if thin is None:
-            kernels.weighted_deltas(chunk.arrays, np.array(weights, np.float32), out)
-        elif consensus:
-            rows = scratch("task vectors", len(weights) * len(out), np.float32).reshape(len(weights), -1)
-            for vector, row in zip(vectors, rows, strict=True):
-                thin(vector, row)
-            agreeing_into(rows, weights, out, normalize=normal)
-        else:
-            thin(next(vectors), out)
-            row = scratch("task vectors", len(out), np.float32)
-            for vector in vectors:
-                thin(vector, row)
-                kernels.add(row, out)
-        if normal and not consensus:
-            divide_by(sum_of(weights), out)
-        kernels.add_to_base(chunk.arrays[0], np.float32(number(parameters, "lambda")), out)
-
-    def measure(stream: Stream, parameters: Parameters) -> Traced:
-        traced = dict(thinning.measure(stream, parameters)) if thinning.measure else {}
-        if thinning.restores_norm(parameters):
-            traced["norm"] = _norm_factors(stream, parameters, traced, thinning)
-        return traced
-
-    def traces(parameters: Parameters, experts: int) -> Mapping[str, tuple[int, type]]:
-        found: dict[str, tuple[int, type]] = dict.fromkeys(thinning.traces, (experts, int))
-        return found | ({"norm": (experts, float)} if thinning.restores_norm(parameters) else {})
-
+    family = _Family(thinning=thinning, consensus=consensus)
     return Operator(
         name=name,
         cite=thinning.cite,
@@ -160,17 +116,70 @@ def operator(name: str, thinning: Thinning, *, consensus: bool, normalize: bool)
             Parameter(name="lambda", default=1.0),
             Parameter(name="normalize", default=normalize, flag=True),
         ),
-        apply=apply,
-        compiled=compiled,
-        measure=measure if thinning.measure or thinning.norm else None,
+        apply=family.apply,
+        compiled=family.compiled,
+        measure=family.measure if thinning.measure or thinning.norm else None,
         passes=lambda parameters: thinning.passes(parameters) + thinning.restores_norm(parameters),
-        traces=traces,
+        traces=family.traces,
         rows=thinning.rows,
         chance=thinning.chance,
         conflict=thinning.conflict,
         fixed=thinning.fixed,
         unmeasured=frozenset({"weight", "lambda", "normalize"}),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """What an operator does with the task vectors that a thinning leaves: add all, or those that agree."""
+
+    thinning: Thinning
+    consensus: bool
+
+    def apply(self, chunk: Chunk, parameters: Parameters, traced: Traced) -> Tensor:
+        weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
+        vectors = [self.thinning.apply(vector) for vector in _vectors(chunk, parameters, traced)]
+        if self.consensus:
+            mixed = agreeing(vectors, weights, normalize=normal)
+        else:
+            mixed = vectors[0]
+            for vector in vectors[1:]:
+                mixed = mixed + vector
+            mixed = mixed / sum_of(weights) if normal else mixed
+        return chunk.tensors[0] + mixed * single(number(parameters, "lambda"))
+
+    def compiled(self, chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+        from merge_core.operators import kernels
+
+        weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
+        vectors, thin = _vectors(chunk, parameters, traced), self.thinning.compiled
+        if thin is None:
+            kernels.weighted_deltas(chunk.arrays, np.array(weights, np.float32), out)
+        elif self.consensus:
+            rows = scratch("task vectors", len(weights) * len(out), np.float32).reshape(len(weights), -1)
+            for vector, row in zip(vectors, rows, strict=True):
+                thin(vector, row)
+            agreeing_into(rows, weights, out, normalize=normal)
+        else:
+            thin(next(vectors), out)
+            row = scratch("task vectors", len(out), np.float32)
+            for vector in vectors:
+                thin(vector, row)
+                kernels.add(row, out)
+        if normal and not self.consensus:
+            divide_by(sum_of(weights), out)
+        kernels.add_to_base(chunk.arrays[0], np.float32(number(parameters, "lambda")), out)
+
+    def measure(self, stream: Stream, parameters: Parameters) -> Traced:
+        thinning = self.thinning
+        traced = dict(thinning.measure(stream, parameters)) if thinning.measure else {}
+        if thinning.restores_norm(parameters):
+            traced["norm"] = _norm_factors(stream, parameters, traced, thinning)
+        return traced
+
+    def traces(self, parameters: Parameters, experts: int) -> Mapping[str, tuple[int, type]]:
+        found: dict[str, tuple[int, type]] = dict.fromkeys(self.thinning.traces, (experts, int))
+        return found | ({"norm": (experts, float)} if self.thinning.restores_norm(parameters) else {})
 
 
 def _vectors(chunk: Chunk, parameters: Parameters, traced: Traced) -> Iterator[TaskVector]:
