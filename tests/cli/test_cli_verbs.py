@@ -230,16 +230,16 @@ def test_a_licence_that_is_stated_counts_before_the_card(flag: str, made: Made, 
 
 
 def test_what_a_person_has_to_judge_is_said_before_and_after_a_merge(weft, desk: Path, merging) -> None:
-    merging(desk / "work")
-    config = desk / "work" / "base" / "config.json"
+    merging(desk / "models")
+    config = desk / "models" / "base" / "config.json"
     config.write_text(
         json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "m.M"}, "odd_key": 1})
     )
-    (desk / "work" / "math" / "vocab.json").write_text("{}")
-    recipe = desk / "work" / "recipe.yml"
+    (desk / "models" / "math" / "vocab.json").write_text("{}")
+    recipe = desk / "models" / "recipe.yml"
     text = recipe.read_text()
     for name in ("base", "math", "code"):
-        text = re.sub(rf"(model: )(\./)?{name}\b", rf"\g<1>{desk}/work/{name}", text)
+        text = re.sub(rf"(model: )(\./)?{name}\b", rf"\g<1>{desk}/models/{name}", text)
     recipe.write_text(text)
     warnings = weft("plan", recipe, "--json").data["warnings"]
     assert any("odd_key" in w for w in warnings) and any("tokenizer" in w for w in warnings)
