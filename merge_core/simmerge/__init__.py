@@ -1,21 +1,11 @@
-"""How alike two models are, told without moving their weights.
+"""Which models go well together, told from fingerprints of at most 256 KiB, without moving a weight.
 
     mine, theirs = Fingerprint.parse(a), Fingerprint.parse(b)
-    similarity(mine, theirs).overall.cosine
+    mine.structure.groups[0].l2
 
-fingerprint  norms and a seeded sketch of the weights per layer and role; the format, version 1
-sketch       the arithmetic, the same bits on every machine
+sketch       the arithmetic of norms and sketches, the same bits on every machine and in any order
+structure    a model's weights as norms, sketches and samples of coordinates, by depth and role
+fingerprint  structure and behaviour of one model, and their bytes
 
-numpy only: the node reads and compares fingerprints without torch.
+numpy only: the node reads and compares fingerprints without torch and numba.
 """
-
-from merge_core.simmerge.fingerprint import (
-    MAX_FINGERPRINT,
-    Fingerprint,
-    Likeness,
-    Similarity,
-    compute,
-    similarity,
-)
-
-__all__ = ["MAX_FINGERPRINT", "Fingerprint", "Likeness", "Similarity", "compute", "similarity"]

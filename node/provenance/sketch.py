@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from merge_core.digest import canonical, check_version, parse_canonical
 from merge_core.errors import CorruptCheckpoint
-from merge_core.simmerge.fingerprint import MAX_FINGERPRINT, Fingerprint
+from merge_core.simmerge.version1 import MAX_FINGERPRINT, Fingerprint
 from node.domain import text
 from node.errors import VerificationFailed
 from node.identity.binding import Binding

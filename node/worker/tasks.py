@@ -81,7 +81,7 @@ def catalogue(request: Request, emit: Emit) -> Result:
 
 def fingerprint(request: Request, emit: Emit) -> Result:
     """Sketch a measured checkpoint, every leaf hashed again as it is read, into the file `output`."""
-    from merge_core.simmerge import compute
+    from merge_core.simmerge.version1 import compute
 
     claims = Claims(request["input"])
     with _opened(request["input"], claims) as source:

@@ -15,7 +15,7 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import Digest, ModelId
 from merge_core.errors import CorruptCheckpoint, InvalidRecipe
-from merge_core.simmerge import compute
+from merge_core.simmerge.version1 import compute
 from node import app, daemon
 from node.catalog.book import Outcome
 from node.catalog.expert import FINGERPRINT

@@ -11,7 +11,7 @@ import pytest
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import canonical, sha256
-from merge_core.simmerge.fingerprint import compute, similarity
+from merge_core.simmerge.version1 import compute, similarity
 from node.catalog.fingerprints import Fingerprints
 from node.catalog.shelf import Measurable, Shelf
 from node.domain.reasons import Reason

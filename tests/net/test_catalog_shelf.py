@@ -18,7 +18,7 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
-from merge_core.simmerge.fingerprint import compute
+from merge_core.simmerge.version1 import compute
 from node.catalog.expert import Origin
 from node.catalog.hashes import HashCache
 from node.catalog.shelf import Added, Measurable, Shelf

@@ -14,7 +14,7 @@ import pytest
 
 from merge_core.checkpoint.reader import Checkpoint, Measured, measure
 from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
-from merge_core.simmerge import Fingerprint
+from merge_core.simmerge.version1 import Fingerprint
 from node.errors import LimitReached, LocalError
 from node.worker import messages, process
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import ModelId
-from merge_core.simmerge import compute
+from merge_core.simmerge.version1 import compute
 from node.catalog.expert import Expert
 from node.catalog.shelf import Measurable, Shelf
 from node.domain.ids import PeerId

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import ModelId, canonical
 from merge_core.errors import CorruptCheckpoint, Unmergeable
-from merge_core.simmerge import MAX_FINGERPRINT, Fingerprint, compute, similarity
-from merge_core.simmerge.fingerprint import GroupKey
-from merge_core.simmerge.sketch import WIDTH, tree_sum
+from merge_core.simmerge.version1 import MAX_FINGERPRINT, Fingerprint, GroupKey, compute, similarity
+from merge_core.simmerge.version1_sketch import WIDTH, tree_sum
 
 MODEL = ModelId("sha256:" + "5" * 64)
 DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64", "uint16": "BF16"}

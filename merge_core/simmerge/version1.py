@@ -26,7 +26,7 @@ from merge_core.checkpoint.layout import Role, place
 from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical, sha256
 from merge_core.errors import CorruptCheckpoint, Unmergeable
-from merge_core.simmerge.sketch import GroupSums, Vector, blocks, tree_sum
+from merge_core.simmerge.version1_sketch import GroupSums, Vector, blocks, tree_sum
 
 VERSION = 1
 MAX_FINGERPRINT = 60 << 10
