@@ -1,8 +1,9 @@
 """Store: the one SQLite file of a node (WAL), with its schema and how it moves forward.
 
-Adverts, agreements and jobs each own their tables here; a job journal beside a merge's output is the same
-file format. What the disk or another process does to the file is a LocalError. Rules: every change is one
-transaction; a schema never changes in place, a migration is added; a file of a newer weft is left alone.
+Adverts, agreements, jobs and records each own their tables here; a job journal beside a merge's output is
+the same file format. What the disk or another process does to the file is a LocalError. Rules: every change
+is one transaction; a schema never changes in place, a migration is added; a file of a newer weft is left
+alone.
 """
 
 from __future__ import annotations
@@ -81,6 +82,16 @@ MIGRATIONS = (
         day INTEGER NOT NULL,
         bytes INTEGER NOT NULL,
         PRIMARY KEY (peer, day)
+    ) WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE records (
+        network TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        judged TEXT,
+        envelope BLOB NOT NULL,
+        PRIMARY KEY (network, kind, digest)
     ) WITHOUT ROWID;
     """,
 )
