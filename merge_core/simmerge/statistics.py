@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from merge_core.simmerge.divergence import FunctionalStatistics
 from merge_core.simmerge.structure import GROUPS
 
 Floats = npt.NDArray[np.float64]
@@ -59,3 +60,5 @@ class PairStatistics:
     """Ordered pairs of models."""
 
     structural: StructuralStatistics
+    functional: FunctionalStatistics
+    """NaN, or of no positions, where a model has no behaviour that can be compared; see `divergence`."""
