@@ -58,11 +58,9 @@ def _measure(stored: Any, draws: Any, table: Any, l1: Any, squares: Any, limbs: 
             elements, signed = block[row * WIDTH : (row + 1) * WIDTH], table[row]
             sign = 1.0 if draws[index, row] & WIDTH else -1.0
             rotation = np.int64(draws[index, row]) & (WIDTH - 1)
-            unturned = min(elements.size, WIDTH - rotation)
-            _add(elements[:unturned], signed, sign, magnitudes, powers, sketch[rotation:])
-            _add(
-                elements[unturned:], signed[unturned:], sign, magnitudes[unturned:], powers[unturned:], sketch
-            )
+            cut = min(elements.size, WIDTH - rotation)
+            _add(elements[:cut], signed, sign, magnitudes, powers, sketch[rotation:])
+            _add(elements[cut:], signed[cut:], sign, magnitudes[cut:], powers[cut:], sketch)
         l1[index], squares[index] = _fold(magnitudes), _fold(powers)
         for i in range(WIDTH):
             fits = fits and abs(sketch[i]) <= LARGEST

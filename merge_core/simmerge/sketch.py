@@ -1,8 +1,8 @@
 """The arithmetic of a structure: norms and a count sketch of pieces of tensors, the same bits everywhere.
 
 Every tensor is cut into blocks of 131,072 elements, so any float type fills whole blocks from whole leaves;
-a block into 64 rows of 2048. An element has a sign, drawn for its place within a block; a row has a sign and a
-rotation, drawn for (tensor name, block, row). The sketch of a block is the sum of its rows, signed and
+a block into 64 rows of 2048. An element has a sign, drawn for its place within a block; a row has a sign and
+a rotation, drawn for (tensor name, block, row). The sketch of a block is the sum of its rows, signed and
 rotated: a count sketch (Charikar, Chen, Farach-Colton 2002) whose hash is a permutation within each row.
 Two elements of one row never share a bucket, two of different rows do with probability 1/2048, so estimates
 of inner products are unbiased with no more than a count sketch's variance; and adding rows is vector code.
@@ -151,4 +151,4 @@ class Total:
 def sketch_of(limbs: Limbs) -> npt.NDArray[np.float32]:
     """The sketch that summed limbs stand for."""
     high, low = limbs.tolist()
-    return np.array([((h << 39) + l) / 2**53 for h, l in zip(high, low, strict=True)], dtype=np.float32)
+    return np.array([((a << 39) + b) / 2**53 for a, b in zip(high, low, strict=True)], dtype=np.float32)

@@ -81,9 +81,7 @@ class Sketcher:
 
     def __init__(self, tensors: Mapping[str, TensorInfo], *, measure: Measure | None = None) -> None:
         """Prepare for a model; raises Unmergeable where it has no floating-point tensor, or too many."""
-        if measure is None:
-            from merge_core.simmerge.kernels import measure
-        self._measure: Measure = measure
+        self._measure = measure or _compiled()
         self._lock = Lock()
         self._infos = dict(tensors)
         groups = grouped(tensors)
@@ -142,7 +140,10 @@ class Sketcher:
         return all(all(tensor.seen) for tensor in self._tensors.values())
 
     def finish(self) -> Structure:
-        """What all of it adds up to; raises ValueError where some is missing, CorruptCheckpoint if too large."""
+        """What all of it adds up to.
+
+        Raises ValueError where some is missing, CorruptCheckpoint where it is too large to be written.
+        """
         if not self.is_whole:
             missing = next(name for name, tensor in self._tensors.items() if not all(tensor.seen))
             raise ValueError(f"some of {missing} was not added")
@@ -240,6 +241,12 @@ class _Tensor:
         self.group.sample[self.at + first : self.at + last] = values
 
 
+def _compiled() -> Measure:
+    from merge_core.simmerge.kernels import measure
+
+    return measure
+
+
 def _coordinates(shapes: Digest, elements: int, count: int) -> npt.NDArray[np.int64]:
     """One place in each of `count` equal runs of a group's elements, drawn for its shapes; all if as many.
 
@@ -251,7 +258,8 @@ def _coordinates(shapes: Digest, elements: int, count: int) -> npt.NDArray[np.in
         hashlib.shake_128(b"weft sample v2\0" + shapes.encode()).digest(8 * count), dtype="<u8"
     )
     edges = np.arange(count + 1, dtype=np.uint64) * np.uint64(elements) // np.uint64(count)
-    return (edges[:-1] + bits % np.diff(edges)).astype(np.int64)
+    drawn: npt.NDArray[np.int64] = (edges[:-1] + bits % np.diff(edges)).astype(np.int64)
+    return drawn
 
 
 def _require_sound(tensor: str, stored: npt.NDArray[Any], sums: Sums) -> None:
