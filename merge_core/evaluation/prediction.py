@@ -86,7 +86,7 @@ class Predictor:
     ) -> list[Told]:
         """What the model says to each of `asked`, seen through at most `window` tokens."""
         size = min((limit for limit in (window, self.context) if limit), default=None)
-        owned = [(index, row) for index, one in enumerate(asked) for row in _windows(one, size)]
+        owned = [(index, row) for index, one in enumerate(asked) for row in windows(one, size)]
         rows = [row for _, row in owned]
         found: dict[int, Told] = {}
         done, total = 0, sum(row.count for row in rows)
@@ -175,7 +175,7 @@ def _padded(rows: Sequence[Asked]) -> tuple[Tensor, Tensor, int]:
     return ids, wanted, kept
 
 
-def _windows(asked: Asked, size: int | None) -> Iterator[Asked]:
+def windows(asked: Asked, size: int | None) -> Iterator[Asked]:
     """What is asked as stretches of at most `size` tokens, each predicting where the one before ended."""
     if size is None or len(asked.ids) <= size:
         yield asked

@@ -54,7 +54,7 @@ class ProbeSet:
     probes: tuple[Probe, ...]
 
     def __post_init__(self) -> None:
-        if not _is_name(self.name):
+        if not is_name(self.name):
             raise InvalidTask(f"{self.name[:40]!r} is no name of at most {MAX_NAME} printable characters")
         if not 1 <= len(self.probes) <= MAX_PROBES:
             raise InvalidTask(f"{self.name} has {len(self.probes)} probes; 1 to {MAX_PROBES} are asked")
@@ -140,7 +140,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _problem(probe: Probe) -> str | None:
     """Why a probe cannot be asked; None where it can."""
-    if not _is_name(probe.task):
+    if not is_name(probe.task):
         return f"{probe.task[:40]!r} is no name of a task"
     if not probe.text or len(probe.text) > MAX_TEXT or len(probe.prompt) > MAX_TEXT:
         return f"a text has 1 to {MAX_TEXT} characters, a prompt at most as many"
@@ -151,5 +151,6 @@ def _problem(probe: Probe) -> str | None:
     return None
 
 
-def _is_name(text: str) -> bool:
+def is_name(text: str) -> bool:
+    """Whether a set or a task may be called so."""
     return 0 < len(text) <= MAX_NAME and text.isprintable() and text.strip() == text
