@@ -196,7 +196,15 @@ class Work:
                 out = scratch(f"float32 {self._depth}.{index}", stop - start, np.float32)
                 stored = convert.widen(stored, dtype, out)
             found.append(stored)
-        return tuple(found)
+        return tuple(found) if len({array.flags.writeable for array in found}) == 1 else _sealed(found)
+
+
+def _sealed(arrays: Sequence[Stored]) -> tuple[Stored, ...]:
+    """The same, none of which can be written to: a kernel takes no mapped pages beside computed ones."""
+    views = tuple(array.view() for array in arrays)
+    for view in views:
+        view.flags.writeable = False
+    return views
 
 
 class _Held:

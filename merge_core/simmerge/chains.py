@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
-from math import factorial
 from typing import Any
 
 SETTINGS: Mapping[str, Mapping[str, float]] = {
@@ -76,8 +75,3 @@ def chains(experts: Sequence[str], operators: Sequence[str] = OPERATORS) -> Iter
         if experts.index(order[0]) < experts.index(order[1]):
             for chosen in product(operators, repeat=len(experts) - 1):
                 yield Chain(experts=order, operators=chosen)
-
-
-def count(experts: int, operators: int) -> int:
-    """How many chains there are of so many experts."""
-    return factorial(experts) // 2 * operators ** (experts - 1)

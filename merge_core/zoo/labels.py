@@ -2,16 +2,19 @@
 
     labels = measure(open_catalogue(Path("catalogue-0"), seed=0))
     labels.merges[0].operator, utility(labels.merges[0].right["final"])
+    measure_chains(catalogue, sampled(names))[0].chain, …     merges of three and of four
 
-A merge is judged on the domains that its two experts were trained on. Its utility is the share of items that
-it answers exactly, mean over these domains. The operators are `recipe_of`'s, with the settings that their
-papers or mergekit give them; nothing about them was chosen by what they score here.
+A merge is judged on the domains that its experts were trained on. Its utility is the share of items that
+it answers exactly, mean over these domains. The operators are those of `simmerge.chains`, with the settings
+that their papers or mergekit give them; nothing about them was chosen by what they score here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -21,20 +24,13 @@ from merge_core.checkpoint.published import read_bounded
 from merge_core.digest import sha256
 from merge_core.evaluation.tasks import MAX_ITEMS, Task
 from merge_core.recipe import parse
+from merge_core.simmerge.chains import OPERATORS, Chain, chains
 from merge_core.zoo.catalogue import ROLES, Catalogue, items
 from merge_core.zoo.tasks import task
 from merge_core.zoo.threads import one_thread_each
 from merge_core.zoo.training import Progress
 from merge_core.zoo.workbench import Workbench, workbench
 
-_EACH: Mapping[str, Mapping[str, float]] = {
-    "linear": {"weight": 0.5},
-    "slerp": {},
-    "task_arithmetic": {"weight": 1.0},
-    "ties": {"weight": 1.0, "density": 0.5},
-    "sce": {},
-}
-OPERATORS = tuple(_EACH)
 JUDGED = ("labels", "final")
 """The roles of the items that merges are judged by; the others are for whoever predicts that."""
 
@@ -42,6 +38,10 @@ Right = Mapping[str, Mapping[str, str]]
 """By role and domain: a character for each item, `1` where it was answered exactly and else `0`."""
 
 _RECORD = "labels.json"
+_CHAINS = "chains.json"
+_SAMPLED = {3: 16, 4: 10}
+"""How many threes and fours of experts are labelled."""
+_CHAINS_EACH = 24
 _MAX_RECORD = 64 << 20
 _VERSION = 1
 
@@ -63,20 +63,36 @@ class Labels:
     merges: tuple[Merged, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chained:
+    """Three or four experts merged in a chain, and which items of their domains the result answers."""
+
+    chain: Chain
+    right: Right
+
+
 def utility(right: Mapping[str, str]) -> float:
     """The share of right answers, mean over domains."""
     return sum(marks.count("1") / len(marks) for marks in right.values()) / len(right)
 
 
 def recipe_of(operator: str, base: str, experts: Sequence[str]) -> str:
-    """The recipe by which an operator merges two experts: as a sum, an average, or halfway on a sphere."""
-    models = [{"model": expert, "parameters": _EACH[operator]} for expert in experts]
-    recipe: dict[str, Any] = {"merge_method": operator, "models": models, "dtype": "float32"}
-    if operator == "slerp":
-        recipe |= {"base_model": experts[0], "parameters": {"t": 0.5}}
-    elif operator != "linear":
-        recipe |= {"base_model": base}
-    return json.dumps(recipe)
+    """The recipe by which an operator merges experts one after the other, each as much as the others."""
+    chain = Chain(experts=tuple(experts), operators=(operator,) * (len(experts) - 1))
+    return chain.recipe(base=base, dtype="float32")
+
+
+def sampled(experts: Sequence[str]) -> tuple[Chain, ...]:
+    """A fixed sample of threes and fours: of each the chains of one operator, and others by chance."""
+    rng = random.Random("weft chains")
+    found: dict[Chain, None] = {}
+    for size, sets in _SAMPLED.items():
+        for _ in range(sets):
+            chosen = sorted(rng.sample(experts, size))
+            alike = [Chain(experts=tuple(chosen), operators=(o,) * (size - 1)) for o in OPERATORS]
+            others = [chain for chain in chains(chosen) if chain not in alike]
+            found |= dict.fromkeys(alike + rng.sample(others, _CHAINS_EACH - len(alike)))
+    return tuple(found)
 
 
 def measure(
@@ -97,8 +113,43 @@ def measure(
     return labels
 
 
+def measure_chains(
+    catalogue: Catalogue,
+    wanted: Sequence[Chain],
+    *,
+    limit: int | None = None,
+    on_progress: Progress = lambda *_: None,
+) -> tuple[Chained, ...]:
+    """Merge and score chains, or read what was measured of the same chains of the same models."""
+    told_of = [[*chain.experts, *chain.operators] for chain in wanted]
+    path, origin = catalogue.directory / _CHAINS, _origin(catalogue, limit) | {"chains": told_of}
+    rights: list[Right] = []
+    if path.is_file():
+        told = json.loads(read_bounded(path, _MAX_RECORD))
+        rights = told["right"] if told["origin"] == origin else []
+    if not rights:
+        with _examiner(catalogue, limit) as examiner:
+            for done, chain in enumerate(wanted):
+                on_progress("merge and score chains", done, len(wanted))
+                rights.append(examiner.merged(chain))
+        files.replace(path, json.dumps({"origin": origin, "right": rights}).encode())
+    return tuple(Chained(chain=c, right=r) for c, r in zip(wanted, rights, strict=True))
+
+
 def _examined(catalogue: Catalogue, limit: int | None, on_progress: Progress) -> Labels:
     wanted = [(pair, operator) for pair in combinations(catalogue.experts, 2) for operator in OPERATORS]
+    with _examiner(catalogue, limit) as examiner:
+        alone = {name: examiner.alone(name) for name in ("base", *catalogue.experts)}
+        merges = []
+        for done, (pair, operator) in enumerate(wanted):
+            on_progress("merge and score", done, len(wanted))
+            right = examiner.merged(Chain(experts=pair, operators=(operator,)))
+            merges.append(Merged(experts=pair, operator=operator, right=right))
+    return Labels(alone=alone, merges=tuple(merges))
+
+
+@contextmanager
+def _examiner(catalogue: Catalogue, limit: int | None) -> Iterator[_Examiner]:
     directories = {"base": catalogue.base} | {name: one.directory for name, one in catalogue.experts.items()}
     asked = {
         (role, domain): task(items(role, domain)).first(limit or MAX_ITEMS)
@@ -106,13 +157,7 @@ def _examined(catalogue: Catalogue, limit: int | None, on_progress: Progress) ->
         for domain in catalogue.domains
     }
     with one_thread_each(), workbench(directories) as bench:
-        examiner = _Examiner(catalogue=catalogue, bench=bench, tasks=asked)
-        alone = {name: examiner.alone(name) for name in directories}
-        merges = []
-        for done, (pair, operator) in enumerate(wanted):
-            on_progress("merge and score", done, len(wanted))
-            merges.append(Merged(experts=pair, operator=operator, right=examiner.merged(pair, operator)))
-    return Labels(alone=alone, merges=tuple(merges))
+        yield _Examiner(catalogue=catalogue, bench=bench, tasks=asked)
 
 
 def _origin(catalogue: Catalogue, limit: int | None) -> dict[str, Any]:
@@ -136,10 +181,10 @@ class _Examiner:
     bench: Workbench
     tasks: Mapping[tuple[str, str], Task]
 
-    def merged(self, pair: tuple[str, str], operator: str) -> Right:
+    def merged(self, chain: Chain) -> Right:
         """What a merge answers in the domains of its experts."""
-        self.bench.make(parse(recipe_of(operator, "base", pair)))
-        owned = (self.catalogue.experts[name].training.own for name in pair)
+        self.bench.make(parse(chain.recipe(base="base", dtype="float32")))
+        owned = (self.catalogue.experts[name].training.own for name in chain.experts)
         domains = dict.fromkeys(domain for own in owned for domain in own)
         return {role: {name: self._marks(role, name) for name in domains} for role in JUDGED}
 

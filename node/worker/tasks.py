@@ -4,7 +4,7 @@ Requests and results are small JSON objects; whatever is large (plans, leaf tabl
 path. Heavy modules are imported inside the task that needs them, so that hashing never pays for torch.
 
     zoo          {directory, seed, size}                       -> {base, experts: {name: directory}}
-    catalogue    {directory, seed}                             -> {experts: {name: directory}, merges}
+    catalogue    {directory, seed, chains?}                    -> {experts: {name: directory}, merges}
     fingerprint  {input, output}                               -> {digest, size}
     merge        {plan, inputs, target, journal, output, threads?}
                  -> {model_id, manifest, leaves, trace, report}
@@ -66,15 +66,20 @@ def zoo(request: Request, emit: Emit) -> Result:
 
 
 def catalogue(request: Request, emit: Emit) -> Result:
-    """Train the catalogue of one seed and score every merge of two, or find both in `directory`."""
+    """Train the catalogue of one seed and score every merge of two, or find both in `directory`.
+
+    With `chains`, the sample of merges of three and four experts too.
+    """
     from merge_core.zoo.catalogue import open_catalogue
-    from merge_core.zoo.labels import measure
+    from merge_core.zoo.labels import measure, measure_chains, sampled
 
     def tell(what: str, done: int, total: int) -> None:
         emit({"kind": "progress", "what": what, "done": done, "total": total})
 
     opened = open_catalogue(Path(request["directory"]), seed=request["seed"], on_progress=tell)
     labels = measure(opened, on_progress=tell)
+    if request.get("chains"):
+        measure_chains(opened, sampled(tuple(opened.experts)), on_progress=tell)
     experts = {name: str(listed.directory) for name, listed in opened.experts.items()}
     return {"experts": experts, "merges": len(labels.merges)}
 

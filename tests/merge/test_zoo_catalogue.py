@@ -12,9 +12,10 @@ from merge_core.errors import CorruptCheckpoint
 from merge_core.evaluation.loading import load_model, load_tokenizer
 from merge_core.evaluation.scoring import score
 from merge_core.evolution.fitness import refuse_shared
+from merge_core.simmerge.chains import OPERATORS, Chain
 from merge_core.zoo import Zoo, labels
 from merge_core.zoo.catalogue import ROLES, Catalogue, items, open_catalogue
-from merge_core.zoo.labels import OPERATORS, Labels, measure, utility
+from merge_core.zoo.labels import Labels, measure, measure_chains, sampled, utility
 from merge_core.zoo.recipes import RECIPES, catalogue
 from merge_core.zoo.tasks import task
 
@@ -89,6 +90,42 @@ def test_what_is_scored_is_the_merge(small: Catalogue, measured: Labels) -> None
         assert merge.right["final"][domain] == "".join("01"[hit] for hit in found.hits)
     summed = next(m for m in measured.merges if m.experts == pair and m.operator == "task_arithmetic")
     assert utility(summed.right["final"]) > utility(measured.alone["base"]["final"]) + 0.3
+
+
+def test_a_chain_is_merged_step_by_step(small: Catalogue) -> None:
+    averaged = Chain(experts=("rev", "sort", "brk"), operators=("linear", "linear"))
+    found = measure_chains(small, [averaged], limit=LIMIT)
+    assert [each.chain for each in found] == [averaged]
+    weights = [load_file(listed.directory / "model.safetensors") for listed in small.experts.values()]
+    model = load_model(small.base)
+    averages = {name: sum(each[name] for each in weights) / 3 for name in weights[0]}
+    model.load_state_dict(averages, strict=False)
+    for domain in ("rev", "sort", "brk"):
+        scored = score(model, load_tokenizer(small.base), task(items("final", domain)).first(LIMIT))
+        assert found[0].right["final"][domain] == "".join("01"[hit] for hit in scored.hits)
+
+
+def test_what_was_measured_of_other_chains_is_not_taken_for_these(small: Catalogue) -> None:
+    one, other = (
+        Chain(experts=("rev", "sort", "brk"), operators=operators)
+        for operators in (("task_arithmetic", "task_arithmetic"), ("linear", "task_arithmetic"))
+    )
+    assert measure_chains(small, [one], limit=4) == measure_chains(small, [one], limit=4)
+    assert (
+        measure_chains(small, [other, one], limit=4)[0].right
+        != measure_chains(small, [one], limit=4)[0].right
+    )
+
+
+def test_the_sample_of_chains_holds_every_operator_alone_and_no_chain_twice() -> None:
+    names = tuple(RECIPES["catalogue"].experts)
+    found = sampled(names)
+    assert found == sampled(names) and len(found) == len(set(found)) == 26 * 24
+    sets = {frozenset(chain.experts) for chain in found}
+    assert sorted(map(len, sets)) == [3] * 16 + [4] * 10
+    for experts in sets:
+        among = [chain for chain in found if set(chain.experts) == experts]
+        assert {chain.operators[0] for chain in among if len(set(chain.operators)) == 1} == {*OPERATORS}
 
 
 def test_a_model_alone_answers_what_it_was_trained_for(measured: Labels) -> None:
