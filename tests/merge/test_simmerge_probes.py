@@ -61,3 +61,16 @@ def test_names_are_those_of_built_in_sets_and_of_files(tmp_path: Path) -> None:
         probes.find(str(tmp_path / "none.jsonl"))
     (tmp_path / "own.jsonl").write_text('{"task": "a", "prompt": "", "text": "b"}\n')
     assert probes.find(str(tmp_path / "own.jsonl")).name == "own.jsonl"
+
+
+def test_the_zoo_set_is_the_one_that_the_zoo_makes_and_tells_no_answers() -> None:
+    from merge_core.zoo.domains import DOMAINS, items
+    from merge_core.zoo.probes import made
+
+    found = probes.find("zoo")
+    assert found.digest == made().digest
+    assert sum(len(probe.text) for probe in found.probes) == 510 and len(found.tasks) == 5
+    for probe in found.probes:
+        domain = DOMAINS[probe.task]
+        item = next(i for i in items(domain, "features") if domain.question(i) == probe.prompt)
+        assert probe.text == item.prompt[:6]
