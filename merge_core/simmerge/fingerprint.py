@@ -9,29 +9,23 @@ Law: `Fingerprint.parse(data).to_bytes() == data`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from merge_core.checkpoint.header import build_header, parse_header
-from merge_core.checkpoint.source import TensorInfo
-from merge_core.digest import Digest, ModelId, canonical, check_version, parse_canonical, sha256
+from merge_core.digest import Digest, ModelId, check_version, sha256
 from merge_core.errors import CorruptCheckpoint
+from merge_core.simmerge import container
 from merge_core.simmerge.behaviour import Behaviour
+from merge_core.simmerge.container import Arrays
 from merge_core.simmerge.structure import Structure
 
 VERSION = 2
 MAX_FINGERPRINT = 256 << 10
 
 _METADATA = "fingerprint"
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U32": "<u4", "U16": "<u2", "U8": "|u1"}
-_NAMES = {kind: name for name, kind in _DTYPES.items()}
-
-Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +52,10 @@ class Fingerprint:
         arrays = _named("structure", self.structure.arrays())
         if self.behaviour:
             arrays |= _named("behaviour", self.behaviour.arrays())
-        return _written(canonical(told).decode(), arrays)
+        data = container.write(told, arrays, name=_METADATA)
+        if len(data) > MAX_FINGERPRINT:
+            raise CorruptCheckpoint(f"the fingerprint takes {len(data)} bytes of {MAX_FINGERPRINT}")
+        return data
 
     @classmethod
     def parse(cls, data: bytes) -> Fingerprint:
@@ -66,7 +63,8 @@ class Fingerprint:
         if len(data) > MAX_FINGERPRINT:
             raise CorruptCheckpoint(f"a fingerprint of {len(data)} bytes; at most {MAX_FINGERPRINT} are read")
         try:
-            told, arrays = _read(data)
+            told, found_arrays = container.read(data, name=_METADATA)
+            arrays = _parts(found_arrays)
             if not isinstance(told, dict) or set(told) != {"version", "modelId", "structure", "behaviour"}:
                 raise ValueError("keys")
             check_version(told["version"], VERSION, "fingerprint")
@@ -87,36 +85,14 @@ class Fingerprint:
         return found
 
 
-def _written(told: str, arrays: Arrays) -> bytes:
-    infos = {
-        name: TensorInfo(dtype=_dtype(array), shape=array.shape) for name, array in sorted(arrays.items())
-    }
-    text, header = build_header(infos, {_METADATA: told})
-    data = text + b"".join(
-        arrays[name].astype(_DTYPES[span.dtype]).tobytes() for name, span in header.tensors.items()
-    )
-    if len(data) > MAX_FINGERPRINT:
-        raise CorruptCheckpoint(f"the fingerprint takes {len(data)} bytes of {MAX_FINGERPRINT}")
-    return data
-
-
-def _read(data: bytes) -> tuple[Any, dict[str, dict[str, npt.NDArray[Any]]]]:
-    """The metadata, and the arrays of both parts by name, as views of `data`."""
-    header = parse_header(data, len(data))
-    if set(header.metadata) != {_METADATA}:
-        raise ValueError("metadata")
+def _parts(arrays: Arrays) -> dict[str, dict[str, npt.NDArray[Any]]]:
+    """The arrays of both parts, by the names that these have for them."""
     parts: dict[str, dict[str, npt.NDArray[Any]]] = {"structure": {}, "behaviour": {}}
-    for name, span in header.tensors.items():
+    for name, array in arrays.items():
         part, _, rest = name.partition(".")
-        array = np.frombuffer(data[span.begin : span.end], dtype=_DTYPES[span.dtype])
-        parts[part][rest] = array.reshape(span.shape)
-    return parse_canonical(header.metadata[_METADATA].encode()), parts
+        parts[part][rest] = array
+    return parts
 
 
 def _named(part: str, arrays: Arrays) -> dict[str, npt.NDArray[Any]]:
     return {f"{part}.{name}": array for name, array in arrays.items()}
-
-
-def _dtype(array: npt.NDArray[Any]) -> str:
-    """The safetensors name of an array's type; raises KeyError on one that no part has."""
-    return _NAMES[array.dtype.newbyteorder("<").str]
