@@ -21,7 +21,7 @@ from node.catalog.shelf import Shelf
 from node.domain.holding import ModelRef
 from node.domain.ids import PeerId
 from node.domain.job import JobState
-from node.domain.negotiation import Purpose
+from node.domain.negotiation import Agreement, Purpose
 from node.errors import NotEnoughPeers, Refused, Unreachable, WeftError
 from node.exchange.fetch import Fetched, fetch
 from node.exchange.holder import Holder, Progress
@@ -63,9 +63,14 @@ class Acquisition:
         self._overlay = overlay
         self._attempt = attempt
 
-    def agreements(self) -> tuple[Envelope, ...]:
-        """Every agreement of this job, as both sides signed it."""
-        return tuple(Envelope.from_json(item) for item in self._attempt.reached("agreements") or [])
+    def agreements(self, purpose: Purpose, plan: Digest | None) -> tuple[Envelope, ...]:
+        """Every agreement of this job for one plan, as both sides signed it."""
+        envelopes = [Envelope.from_json(item) for item in self._attempt.reached("agreements") or []]
+        return tuple(
+            envelope
+            for envelope, agreement in zip(envelopes, map(_agreed, envelopes), strict=True)
+            if (agreement.purpose, agreement.plan) == (purpose, plan)
+        )
 
     async def acquire(
         self,
@@ -76,19 +81,26 @@ class Acquisition:
         into: Shelf,
         publisher: Digest | None = None,
     ) -> list[Expert]:
-        """Agree on, fetch and shelve models, but for those that an earlier attempt has brought `into` there.
+        """Agree on, fetch and shelve models, but for what earlier attempts have agreed on and brought `into`.
 
+        What lies there for another plan of this job is agreed on again, and not fetched again.
         Raises Refused, Unreachable, NotEnoughPeers, LimitReached.
         """
         here = {model_id: into.find(model_id, publisher) for model_id in models}
-        wanted = [self._wanted(model_id, publisher) for model_id, found in here.items() if found is None]
+        covered = {m for item in self.agreements(purpose, plan) for m in _agreed(item).models}
+        wanted = [
+            self._wanted(model_id, publisher)
+            for model_id, found in here.items()
+            if found is None or model_id not in covered
+        ]
         if wanted:
-            names = ", ".join(item.name for item in wanted)
-            self._attempt.enter(JobState.WAITING_FOR_PEERS, f"an agreement on {names}")
+            self._attempt.enter(JobState.WAITING_FOR_PEERS, f"an agreement on {_names(wanted)}")
             granted = await self._agree(wanted, purpose, plan)
-            self._attempt.enter(JobState.FETCHING, names)
-            for item in wanted:
-                here[item.model_id] = await self._fetch(item, granted[item.model_id], into)
+        missing = [item for item in wanted if here[item.model_id] is None]
+        if missing:
+            self._attempt.enter(JobState.FETCHING, _names(missing))
+        for item in missing:
+            here[item.model_id] = await self._fetch(item, granted[item.model_id], into)
         return [expert for expert in here.values() if expert is not None]
 
     def _wanted(self, model_id: ModelId, publisher: Digest | None) -> _Wanted:
@@ -202,6 +214,15 @@ class Acquisition:
             before = account.get(peer, [0, 0.0])
             account[peer] = [before[0] + count, before[1] + seconds]
         self._attempt.reach("received", account)
+
+
+def _names(wanted: Sequence[_Wanted]) -> str:
+    return ", ".join(item.name for item in wanted)
+
+
+def _agreed(envelope: Envelope) -> Agreement:
+    """What an agreement in our own journal says."""
+    return Agreement.parse(envelope.payload)
 
 
 def _bundles(models: list[ModelId]) -> list[list[ModelId]]:

@@ -52,7 +52,7 @@ class NetworkParents:
         acquisition = Acquisition(self._overlay, attempt)
         for expert in await acquisition.acquire(missing, purpose=purpose, plan=plan.digest, into=private):
             here[expert.model_id] = await asyncio.to_thread(_of_shelf, private, expert)
-        return Obtained(parents=here, agreements=acquisition.agreements())
+        return Obtained(parents=here, agreements=acquisition.agreements(purpose, plan.digest))
 
     async def _one(self, reference: str, attempt: Attempt | None) -> Parent:
         wanted = parse_reference(reference, self._local.folder)

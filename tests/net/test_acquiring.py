@@ -285,6 +285,22 @@ async def test_what_one_merge_was_granted_another_has_to_ask_for_but_not_to_fetc
     assert pair.bob.shelf.experts() == ()
 
 
+async def test_what_a_job_has_for_one_plan_is_agreed_on_for_its_next_and_not_fetched(
+    pair: Pair, tmp_path: Path
+) -> None:
+    journal, source = Journal(Store(tmp_path / "jobs.db")), parents_of(pair.bob)
+    job = attempt(pair, journal, "search")
+    first = await source.obtain(await source.find([pair.model], job), plan(PLAN), Purpose.MERGE, job)
+    before = received(job.job)
+    second = await source.obtain(await source.find([pair.model], job), plan(OTHER), Purpose.MERGE, job)
+    assert received(job.job) == before and second.parents == first.parents
+    told = [[Agreement.parse(e.payload).plan for e in each.agreements] for each in (first, second)]
+    assert told == [[PLAN], [OTHER]] and len(agreements(job.job)) == 2
+    resumed = attempt(pair, journal, "search")
+    again = await source.obtain(await source.find([pair.model], resumed), plan(OTHER), Purpose.MERGE, resumed)
+    assert again.agreements == second.agreements and len(agreements(resumed.job)) == 2
+
+
 async def test_a_resumed_merge_needs_nobody_for_what_it_has(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
