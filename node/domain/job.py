@@ -1,7 +1,10 @@
 """Jobs: one machine for all long work; a job's state is a fold over its journalled events.
 
-    QUEUED ─► WAITING_FOR_PEERS ─► FETCHING ─► MERGING ─► VERIFYING ─► SUCCEEDED
-       └──────────── any of them may be skipped, or end in ───────────► FAILED | CANCELLED ─► (resumed) QUEUED
+    QUEUED ─► WAITING_FOR_PEERS ─► FETCHING ─► SEARCHING ─► MERGING ─► VERIFYING ─► SUCCEEDED
+       └────────────────── any of them may be skipped, or end in ─────────────────► FAILED | CANCELLED
+                                                               (either may be resumed: QUEUED) ◄─┘
+
+A search asks peers twice: for what it searches with, and after it for what its result is merged from.
 
 Events: `Created` once, `Entered` a state, `Reached` a step (the frozen value that an arrow of the main job
 produced, so that a resume starts at the first missing one), `Resumed`, `Ended`. Live progress is not an
@@ -22,6 +25,7 @@ class JobKind(StrEnum):
     MERGE = "merge"
     FETCH = "fetch"
     AUDIT = "audit"
+    EVOLVE = "evolve"
 
 
 class JobState(StrEnum):
@@ -30,6 +34,7 @@ class JobState(StrEnum):
     QUEUED = "QUEUED"
     WAITING_FOR_PEERS = "WAITING_FOR_PEERS"
     FETCHING = "FETCHING"
+    SEARCHING = "SEARCHING"
     MERGING = "MERGING"
     VERIFYING = "VERIFYING"
     SUCCEEDED = "SUCCEEDED"
@@ -43,6 +48,13 @@ class JobState(StrEnum):
 
 
 _ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+BEGUN = "begun"
+"""The step of a search that has something to show: it may be told to make do with that."""
+SETTLE = "settle"
+"""The step of a search that was told so."""
+FOUND = "found"
+"""The step of a search that is over, and has a recipe to merge by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +125,11 @@ class Job:
     steps: Mapping[str, Any] = field(default_factory=dict)
     result: Any = None
     error: Mapping[str, Any] | None = None
+
+    @property
+    def can_settle(self) -> bool:
+        """Whether it is a search that goes on, and has something to show."""
+        return self.state is JobState.SEARCHING and BEGUN in self.steps and FOUND not in self.steps
 
     def to_json(self) -> dict[str, Any]:
         """What the control API and `weft jobs` show."""

@@ -18,7 +18,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from merge_core.errors import MergeCoreError
-from node.domain.job import Created, Ended, Entered, Event, Job, JobKind, JobState, Reached, Resumed
+from node.domain.job import (
+    FOUND,
+    SETTLE,
+    Created,
+    Ended,
+    Entered,
+    Event,
+    Job,
+    JobKind,
+    JobState,
+    Reached,
+    Resumed,
+)
 from node.errors import LocalError, WeftError, exit_code_of, of_system
 from node.jobs.journal import Journal
 
@@ -36,10 +48,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobView:
-    """A job as its journal says, with the live progress that no journal keeps."""
+    """A job as its journal says, with the live progress that no journal keeps.
+
+    `generation` is the newest one of a search, as `node.worker.evolution` tells it.
+    """
 
     job: Job
     progress: Progress | None = None
+    generation: Mapping[str, Any] | None = None
 
 
 OnChange = Callable[[JobView], None]
@@ -77,6 +93,10 @@ class Attempt:
     def progress(self, what: str, done: int, total: int) -> None:
         """Tell watchers how far the step at hand is; not journalled."""
         self._on_change(JobView(job=self.job, progress=Progress(what=what, done=done, total=total)))
+
+    def show(self, generation: Mapping[str, Any]) -> None:
+        """Tell watchers of a generation of a search; not journalled."""
+        self._on_change(JobView(job=self.job, generation=generation))
 
     def progress_from_thread(self, what: str, done: int, total: int) -> None:
         """The same from a thread that computes."""
@@ -181,15 +201,39 @@ class Jobs:
 
     async def cancel(self, job_id: str) -> Job:
         """Stop a job and end it as CANCELLED; one that has ended stays as it is."""
-        task = self._tasks.get(job_id)
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        job = self._journal.load(job_id)
+        job = await self._interrupt(job_id)
         if not job.state.ended:
             job = self._journal.append(job_id, Ended(state=JobState.CANCELLED), self._clock())
             self._announce()
         return job
+
+    async def settle(self, job_id: str) -> Job:
+        """Let a search make do with the best that it has found: it is interrupted, and taken up to end so.
+
+        Raises LocalError where nothing is sought, or nothing found yet.
+        """
+        job = self._journal.load(job_id)
+        if job.kind is not JobKind.EVOLVE or job.state.ended:
+            raise LocalError(f"job {job_id} is no search that goes on", hint="weft jobs ls")
+        if job.steps.keys() & {SETTLE, FOUND}:
+            return job
+        if not job.can_settle:
+            raise LocalError(
+                f"search {job_id} has found nothing yet", hint=f"weft jobs cancel {job_id}, or ask later"
+            )
+        job = await self._interrupt(job_id)
+        if job.state.ended or SETTLE in job.steps:
+            return job
+        self._journal.append(job_id, Reached(step=SETTLE, value=True), self._clock())
+        return self.resume(job_id)
+
+    async def _interrupt(self, job_id: str) -> Job:
+        """Stop working on a job; as it then is."""
+        task = self._tasks.get(job_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        return self._journal.load(job_id)
 
     def find(self, beginning: str) -> Job:
         """The one job whose id begins so."""

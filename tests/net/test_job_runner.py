@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from node.domain.job import Created, Job, JobKind, JobState
+from node.domain.job import BEGUN, FOUND, SETTLE, Created, Job, JobKind, JobState
 from node.errors import LocalError, Unreachable
 from node.jobs.journal import Journal
 from node.jobs.runner import Attempt, Jobs, Work
@@ -157,3 +157,78 @@ async def test_a_running_job_is_not_resumed_beside_itself(journal: Journal) -> N
             jobs.resume("a")
         watcher: AsyncIterator[Any] = jobs.watch("a")
         assert (await anext(watcher)).job.state is JobState.QUEUED
+
+
+SEARCH = Created(kind=JobKind.EVOLVE, title="search for found", request={})
+
+
+@pytest.mark.anyio
+async def test_a_search_that_is_told_to_settle_is_taken_up_to_end_with_what_it_has(journal: Journal) -> None:
+    searching = asyncio.Event()
+
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        if attempt.reached(SETTLE):
+            return {"settled": attempt.job.attempts}
+        attempt.enter(JobState.SEARCHING)
+        attempt.reach(BEGUN, True)
+        attempt.show({"number": 1})
+        searching.set()
+        await asyncio.Event().wait()
+        return {}
+
+    async with Jobs(journal, {JobKind.EVOLVE: work}, clock=lambda: 1.0) as jobs:
+        jobs.start("a", SEARCH)
+        await searching.wait()
+        assert [view.generation async for view in _first(jobs.watch("a"))] == [{"number": 1}]
+        asked = await asyncio.gather(jobs.settle("a"), jobs.settle("a"))
+        assert [SETTLE in job.steps for job in asked] == [True, True]
+        job = await ended(jobs, "a")
+        assert (job.state, job.result) == (JobState.SUCCEEDED, {"settled": 2})
+        with pytest.raises(LocalError, match="no search that goes on"):
+            await jobs.settle("a")
+
+
+async def _first(views: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    yield await anext(views)
+
+
+@pytest.mark.anyio
+async def test_only_a_search_that_has_found_something_settles(journal: Journal) -> None:
+    at = asyncio.Event()
+
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        attempt.enter(JobState.SEARCHING)
+        at.set()
+        await asyncio.Event().wait()
+        return {}
+
+    kinds = {JobKind.EVOLVE: work, JobKind.MERGE: work}
+    async with Jobs(journal, kinds, clock=lambda: 1.0) as jobs:
+        jobs.start("a", SEARCH)
+        await at.wait()
+        with pytest.raises(LocalError, match="found nothing yet"):
+            await jobs.settle("a")
+        jobs.start("b", MERGE)
+        with pytest.raises(LocalError, match="no search"):
+            await jobs.settle("b")
+        assert (jobs.running, journal.load("a").attempts) == (2, 1)
+
+
+@pytest.mark.anyio
+async def test_a_search_that_merges_already_is_left_alone(journal: Journal) -> None:
+    at, go_on = asyncio.Event(), asyncio.Event()
+
+    async def work(attempt: Attempt) -> dict[str, Any]:
+        attempt.enter(JobState.SEARCHING)
+        attempt.reach(BEGUN, True)
+        attempt.reach(FOUND, {"recipe": "r"})
+        at.set()
+        await go_on.wait()
+        return {"attempts": attempt.job.attempts}
+
+    async with Jobs(journal, {JobKind.EVOLVE: work}, clock=lambda: 1.0) as jobs:
+        jobs.start("a", SEARCH)
+        await at.wait()
+        assert SETTLE not in (await jobs.settle("a")).steps
+        go_on.set()
+        assert (await ended(jobs, "a")).result == {"attempts": 1}
