@@ -324,47 +324,45 @@ def evolve_here(
     search: Search,
     *,
     resume: bool,
-    on_event: Callable[[dict[str, Any]], None],
     on_view: Callable[[JobView], None],
+    on_settle: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Search for coefficients of models that all lie here, and merge by them; Ctrl-C settles for the best."""
-    from merge_core import recipe as recipes
-    from node.merging import evolve, local
+    """Search for coefficients of models that all lie here, and merge by them, without a node.
+
+    Ctrl-C settles for the best, where something was found: `on_settle` is told.
+    """
+    from node.merging import local
     from node.merging.merge import Merging
 
     merging = Merging(local_parents(home), identity_if_any(home), clock=time.time, known=known_places(home))
-    target = directory.absolute()
-    told: list[dict[str, Any]] = []
+    target, can_settle = directory.absolute(), False
 
-    def tell(event: dict[str, Any]) -> None:
-        told.append(event)
-        on_event(event)
+    def watch(view: JobView) -> None:
+        nonlocal can_settle
+        can_settle = view.job.can_settle
+        on_view(view)
 
-    def seek(*, resume: bool, stop: bool = False) -> dict[str, Any]:
+    def work(*, resume: bool, settle: bool) -> dict[str, Any]:
         return asyncio.run(
-            evolve.seek(merging, recipe, target, search, resume=resume, stop=stop, on_event=tell)
+            local.evolve(
+                merging,
+                recipe,
+                target,
+                search,
+                resume=resume,
+                settle=settle,
+                clock=time.time,
+                on_view=watch,
+            )
         )
 
     try:
-        found = seek(resume=resume)
+        return work(resume=resume, settle=False)
     except KeyboardInterrupt:
-        if not any(event["kind"] == "generation" for event in told):
+        if not can_settle:
             raise
-        on_event({"kind": "stopping"})
-        found = seek(resume=True, stop=True)
-    made = asyncio.run(
-        local.merge(
-            merging,
-            recipes.parse(found["recipe"]),
-            target,
-            search=found["record"],
-            resume=resume,
-            clock=time.time,
-            on_view=on_view,
-        )
-    )
-    evolve.discard(target)
-    return made | {"search": found}
+    on_settle()
+    return work(resume=True, settle=True)
 
 
 def verify(

@@ -38,6 +38,7 @@ from node.identity.keyring import Identity
 from node.jobs.journal import Journal
 from node.jobs.runner import Jobs, Work
 from node.merging.audit import Auditing
+from node.merging.evolve import Evolving
 from node.merging.known import KnownPlaces
 from node.merging.merge import Merging
 from node.merging.overlay import Overlay
@@ -289,6 +290,7 @@ def _jobs(
     auditing = Auditing(parents, identity, claims=home.claims, clock=clock)
     work: dict[JobKind, Work] = {
         JobKind.MERGE: Tidy(merging.merge, overlay.private),
+        JobKind.EVOLVE: Tidy(Evolving(merging).evolve, overlay.private),
         JobKind.FETCH: Tidy(FetchWork(overlay, gossip), overlay.private),
         JobKind.AUDIT: Tidy(AuditWork(overlay, auditing), overlay.private),
     }

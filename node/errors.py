@@ -7,7 +7,8 @@
     ├── LocalError      this machine: disk, configuration, a missing file: tell the user
     │   ├── NodeNotRunning
     │   ├── NotEnoughPeers
-    │   └── LimitReached
+    │   ├── LimitReached
+    │   └── Interrupted
     └── VerificationFailed   the bytes or signatures are not what they claim
 
 `why` is one line for the human, `hint` the next command to run, `exit_code` what the CLI ends with.
@@ -93,6 +94,12 @@ class LimitReached(LocalError):
     """A bound on disk, memory or transfer was reached."""
 
     exit_code = 7
+
+
+class Interrupted(LocalError):
+    """A person stopped waiting for what goes on without them."""
+
+    exit_code = 130
 
 
 class VerificationFailed(WeftError):

@@ -25,6 +25,8 @@ from merge_core.evolution.fitness import Reading, Readings
 
 MAX_LINE = 1 << 20
 MAX_LINES = 1 << 20
+_BEFORE_CANDIDATES = 3
+"""Lines that come first: the head, the base, the start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +56,14 @@ class Question:
         return cls(share=share, values=values, model=model)
 
 
-def holds_readings(path: Path) -> bool:
-    """Whether a journal holds more than its head: what took time to find out."""
+def holds_candidates(path: Path) -> bool:
+    """Whether a journal holds more than its head and what base and start read: what took time to find out."""
     try:
         with path.open("rb") as file:
-            return bool(file.readline(MAX_LINE)) and bool(file.readline(MAX_LINE))
+            first = [file.readline(MAX_LINE) for _ in range(_BEFORE_CANDIDATES + 1)]
     except FileNotFoundError:
         return False
+    return bool(first[-1])
 
 
 class Journal:

@@ -1,30 +1,30 @@
-"""The verb that seeks: `weft evolve`, and what it looks like while it does."""
+"""The verb that seeks: `weft evolve RECIPE --tasks … -o DIR`.
+
+Models that all lie here are searched with in this process; others are fetched by the node, which searches as
+one of its jobs. To a person both look alike: a line for each state, costs by generation and a heat map of the
+coefficients, then the model's id. Ctrl-C settles for the best so far and merges that; pressed again it
+interrupts (`--resume` goes on) or, where the node does the work, leaves the job to the node.
+"""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
-from node.cli import render
+from node.cli import follow, render
 from node.cli.merging import RecipeFile
-from node.cli.output import Output, escape, out, table
+from node.cli.output import escape, out, table
+
+if TYPE_CHECKING:
+    from merge_core.recipe import Recipe
+    from node.home import Home
+    from node.merging.evolve import Search
 
 Data = dict[str, Any]
-
-_SHOWN = 8
-"""Generations that are on the screen at once."""
-_LABEL, _CELL = 21, 6
-"""Columns of the screen that the name of an expert and one coefficient take."""
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -82,12 +82,35 @@ def evolve(
         processes=processes,
     )
     home, wanted = Home.default(), app.read_recipe(recipe)
-    with _watching(out) as view:
-        data = app.evolve_here(
-            home, wanted, directory, search, resume=resume, on_event=view, on_view=lambda _: None
+    if app.needs_no_node(home, wanted):
+        data = _evolve_here(home, wanted, directory, search, resume=resume)
+    else:
+        asked = {**search.to_json(), "processes": processes}
+        data = follow.to_the_end(
+            home,
+            lambda node: node.start_evolve(wanted.to_yaml(), directory, asked, resume=resume),
+            settle=True,
         )
     data["search"] = _search_data(data["search"], Path(data["directory"]))
     out.result(data, lambda console: _found(console, data))
+
+
+def _evolve_here(
+    home: Home, recipe: Recipe, directory: Path, search: Search, *, resume: bool
+) -> dict[str, Any]:
+    """Search and merge in the foreground."""
+    from node import app
+
+    with render.live(out) as show:
+        return app.evolve_here(
+            home,
+            recipe,
+            directory,
+            search,
+            resume=resume,
+            on_view=lambda view: show(render.view_data(view)),
+            on_settle=lambda: out.say(follow.SETTLING),
+        )
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -103,11 +126,11 @@ def _named(text: str, *, needed: bool = False) -> tuple[str, ...]:
 
 
 def _search_data(found: Data, directory: Path) -> Data:
-    """What `--json` tells of a search."""
-    from merge_core.checkpoint.published import RECIPE_FILE
-    from merge_core.evolution.record import Judged, SearchRecord
+    """What `--json` tells of a search: how it ended, and what lies beside the model."""
+    from merge_core.checkpoint.published import RECIPE_FILE, SEARCH_FILE, read_bounded
+    from merge_core.evolution.record import MAX_RECORD, Judged, SearchRecord
 
-    record = SearchRecord.parse(found["record"].encode())
+    record = SearchRecord.parse(read_bounded(directory / SEARCH_FILE, MAX_RECORD))
 
     def judged(tasks: Sequence[Judged]) -> list[Data]:
         return [
@@ -160,91 +183,3 @@ def _reading(reading: Data | None) -> str:
         return "-"
     loss = f"{reading['nats_per_byte']:.4f} nats/byte"
     return loss if reading["right"] is None else f"{100 * reading['right']:.1f} % right, {loss}"
-
-
-@contextmanager
-def _watching(output: Output) -> Iterator[Callable[[Data], None]]:
-    """The live view on a terminal; a line for each generation elsewhere; silence with `--json`."""
-    if output.as_json:
-        yield lambda event: None
-    elif not sys.stderr.isatty():
-        yield lambda event: _tell(output, event)
-    else:
-        with Live(console=output.story_console, transient=True, refresh_per_second=4) as live:
-            view = _View(live, time.monotonic)
-            yield view
-
-
-def _tell(output: Output, event: Data) -> None:
-    if event["kind"] == "generation":
-        output.say(
-            f"generation {event['number']} of {event['of']}: best {event['best']:.4f}, "
-            f"mean {event['mean']:.4f}, {event['evaluated']} candidates"
-        )
-    elif event["kind"] == "stopping":
-        output.say("stopping: the best so far is merged")
-
-
-class _View:
-    """Best and mean cost by generation, coefficients by expert and layer, and how long it may take."""
-
-    def __init__(self, live: Live, clock: Callable[[], float]) -> None:
-        self._live = live
-        self._clock = clock
-        self._generations: list[Data] = []
-        self._told_at = clock()
-        self._live.update(Text("models are opened …", style="dim"))
-
-    def __call__(self, event: Data) -> None:
-        if event["kind"] == "generation":
-            self._generations.append(event)
-            now = self._clock()
-            took = now - self._told_at
-            left = None if event["replayed"] else took / event["share"] * event["left"]
-            self._told_at = now
-            self._live.update(
-                Group(
-                    self._costs(left),
-                    heat_map(event["rows"], event["weights"], width=self._live.console.width),
-                )
-            )
-        elif event["kind"] in ("settling", "stopping"):
-            words = {"settling": "the best are asked all items …", "stopping": "stopping …"}
-            self._live.update(Text(words[event["kind"]], style="dim"))
-
-    def _costs(self, left: float | None) -> Table:
-        rows = [
-            (f"{g['number']}/{g['of']}", f"{g['best']:.4f}", f"{g['mean']:.4f}", f"{g['share']:.0%}")
-            for g in self._generations[-_SHOWN:]
-        ]
-        return table(_time(left), ("generation", "best", "mean", "of the items"), rows)
-
-
-def _time(left: float | None) -> str:
-    if left is None:
-        return "taken up"
-    return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
-
-
-def heat_map(rows: Sequence[str], weights: Sequence[Sequence[float]], *, width: int) -> Table:
-    """Coefficients as numbers on colours: blue below 0, red above, the deeper the farther from it.
-
-    Of more layers than a screen of `width` columns has room for, some are left out.
-    """
-    count, room = len(weights[0]), max(1, (width - _LABEL) // _CELL)
-    shown = range(count) if count <= room else [count * i // room for i in range(room)]
-    drawn = Table(box=None, pad_edge=False, padding=0, header_style="dim")
-    drawn.add_column("layer")
-    for layer in shown:
-        drawn.add_column(str(layer), justify="right")
-    most = max((abs(value) for row in weights for value in row), default=0.0) or 1.0
-    for name, row in zip(rows, weights, strict=True):
-        label = Path(name).name or name
-        drawn.add_row(escape(f"{label[: _LABEL - 1]} "), *(_cell(row[layer], most) for layer in shown))
-    return drawn
-
-
-def _cell(value: float, most: float) -> Text:
-    depth = int(40 + 160 * min(abs(value) / most, 1.0))
-    colour = f"rgb({depth},40,40)" if value >= 0 else f"rgb(40,40,{depth})"
-    return Text(f"{value:5.2f} ", style=f"white on {colour}")

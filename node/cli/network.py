@@ -11,7 +11,7 @@ import typer
 from node.cli import follow, render
 from node.cli.output import escape, out
 
-jobs_verbs = typer.Typer(help="List, watch, cancel or resume long-running work.")
+jobs_verbs = typer.Typer(help="List, watch, settle, cancel or resume long-running work.")
 
 
 def register(app: typer.Typer, merging: str) -> None:
@@ -160,6 +160,15 @@ def jobs_cancel(job: str) -> None:
     from node.home import Home
 
     data = follow.ask(Home.default(), lambda node: node.cancel(job))
+    out.result(data, lambda console: render.job(console, data))
+
+
+@jobs_verbs.command("settle")
+def jobs_settle(job: str) -> None:
+    """End a search with the best that it has found; the job goes on with the merge by that."""
+    from node.home import Home
+
+    data = follow.ask(Home.default(), lambda node: node.settle(job))
     out.result(data, lambda console: render.job(console, data))
 
 

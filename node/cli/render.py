@@ -6,15 +6,18 @@ Every function takes the data that `--json` prints, so that the two can never di
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.tree import Tree
 
 from node.cli.output import Output, escape, size, table
+from node.cli.searching import Generations, told
 
 if TYPE_CHECKING:
     from node.catalog.expert import Expert
@@ -28,6 +31,7 @@ _WORDS = {
     "queued": "waiting to start",
     "waiting_for_peers": "waiting for peers",
     "fetching": "fetching",
+    "searching": "searching",
     "merging": "merging",
     "verifying": "verifying",
 }
@@ -35,17 +39,22 @@ _WORDS = {
 
 @contextmanager
 def live(out: Output) -> Iterator[Show]:
-    """A progress bar on stderr for as long as a job takes, with one line for each state it enters."""
-    with Progress(
+    """What a job does, on stderr for as long as it takes: one line for each state that it enters.
+
+    On a terminal there is also a bar for the step at hand, or what a search has found.
+    """
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(compact=True),
         console=out.story_console,
-        transient=True,
-        disable=out.as_json or not sys.stderr.isatty(),
-    ) as bar:
-        yield _Follower(out, bar)
+    )
+    if out.as_json or not sys.stderr.isatty():
+        yield _Follower(out, bar, None)
+        return
+    with Live(bar, console=out.story_console, transient=True, refresh_per_second=4) as screen:
+        yield _Follower(out, bar, screen)
 
 
 @contextmanager
@@ -68,13 +77,15 @@ def hashing(out: Output, what: str) -> Iterator[Callable[[int], None]]:
 
 
 class _Follower:
-    """Tell a job's story: one line a state, one bar for the step at hand."""
+    """Tell a job's story: one line a state, and on a screen the step at hand."""
 
-    def __init__(self, out: Output, bar: Progress) -> None:
+    def __init__(self, out: Output, bar: Progress, screen: Live | None) -> None:
         self._out = out
         self._bar = bar
+        self._screen = screen
         self._task: TaskID = bar.add_task("", total=None, amount="")
         self._told = ""
+        self._generations = Generations(time.monotonic)
 
     def __call__(self, job: Data) -> None:
         state = str(_WORDS.get(job["state"], job["state"]))
@@ -82,15 +93,29 @@ class _Follower:
         if words != self._told and job["state"] in _WORDS:
             self._told = words
             self._out.say(f"[dim]·[/] {escape(words)}")
-        progress = job.get("progress")
-        if progress:
-            self._bar.update(
-                self._task,
-                description=escape(progress["what"]),
-                completed=progress["done"],
-                total=progress["total"] or None,
-                amount=f"{size(progress['done'])} of {size(progress['total'])}",
-            )
+            self._show_bar()
+        if job.get("progress"):
+            self._advance(job["progress"])
+        if job.get("generation") and self._generations.add(job["generation"]):
+            if self._screen is None:
+                self._out.say(told(job["generation"]))
+            else:
+                self._screen.update(self._generations.drawn(width=self._out.story_console.width))
+
+    def _advance(self, progress: Data) -> None:
+        done, total = progress["done"], progress["total"]
+        self._bar.update(
+            self._task,
+            description=escape(progress["what"]),
+            completed=done,
+            total=total or None,
+            amount=f"{size(done)} of {size(total)}" if total else "",
+        )
+        self._show_bar()
+
+    def _show_bar(self) -> None:
+        if self._screen is not None:
+            self._screen.update(self._bar)
 
 
 def view_data(view: JobView) -> Data:
@@ -102,6 +127,7 @@ def view_data(view: JobView) -> Data:
         "progress": None
         if progress is None
         else {"what": progress.what, "done": progress.done, "total": progress.total},
+        "generation": view.generation,
     }
 
 

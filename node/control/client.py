@@ -113,6 +113,28 @@ class ControlClient:
         )
         return self._job(self._stub.StartMerge, request)
 
+    def start_evolve(
+        self, recipe: str, directory: Path, search: Mapping[str, Any], *, resume: bool = False
+    ) -> pb.Job:
+        """Start a search for the coefficients of a recipe (YAML), or take up the unfinished one.
+
+        `search` says tasks, reported, shape, layers, seed, budget and processes, as the node's jobs do.
+        """
+        shape = {**search["shape"], "layers": search["layers"]}
+        request = pb.StartEvolveRequest(
+            request_id=uuid.uuid4().hex,
+            recipe=recipe,
+            directory=str(directory.absolute()),
+            resume=resume,
+            tasks=search["tasks"],
+            reported=search["reported"],
+            shape=pb.Shape(**shape),
+            seed=search["seed"],
+            budget=search["budget"],
+            processes=search.get("processes"),
+        )
+        return self._job(self._stub.StartEvolve, request)
+
     def start_get(self, model: str, *, publisher: str = "") -> pb.Job:
         """Start to fetch an expert, by its name or the beginning of its id."""
         request = pb.StartGetRequest(request_id=uuid.uuid4().hex, model_id=model, publisher=publisher)
@@ -138,6 +160,10 @@ class ControlClient:
     def cancel(self, job_id: str) -> pb.Job:
         """Stop a job."""
         return self._job(self._stub.CancelJob, pb.CancelJobRequest(id=job_id))
+
+    def settle(self, job_id: str) -> pb.Job:
+        """End a search with the best that it has found."""
+        return self._job(self._stub.SettleJob, pb.SettleJobRequest(id=job_id))
 
     def resume(self, job_id: str) -> pb.Job:
         """Take up a job that failed or was cancelled."""

@@ -22,6 +22,8 @@ from grpc_reflection.v1alpha import reflection
 from merge_core import recipe as recipes
 from merge_core.digest import Digest
 from merge_core.errors import MergeCoreError
+from merge_core.evolution.genome import Shape
+from merge_core.evolution.record import MAX_TASKS
 from node.catalog.book import AdvertBook, Query
 from node.catalog.gossip import Gossip
 from node.catalog.shelf import Shelf
@@ -34,6 +36,7 @@ from node.errors import LocalError, NotEnoughPeers, UsageError, WeftError
 from node.home import Home
 from node.identity.keyring import Identity
 from node.jobs.runner import Jobs, JobView
+from node.merging.evolve import Search, folder_of
 from node.merging.how import How
 from node.merging.merge import Merging
 from node.network.base import Network
@@ -141,9 +144,27 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
             },
         )
         if request.resume:
-            return pb.StartMergeResponse(job=self._resume_merge(created))
-        _refuse_existing(request.directory)
+            return pb.StartMergeResponse(job=self._resume(created, ("recipe",)))
+        _refuse_existing(request.directory, created.kind)
         return pb.StartMergeResponse(job=self._start(request.request_id, created))
+
+    async def StartEvolve(self, request: pb.StartEvolveRequest, context: Any) -> pb.StartEvolveResponse:
+        recipes.parse(request.recipe)
+        search = _search(request)
+        created = Created(
+            kind=JobKind.EVOLVE,
+            title=f"search for {Path(request.directory).name}",
+            request={
+                "recipe": request.recipe,
+                "directory": _absolute(request.directory),
+                **search.to_json(),
+                "processes": search.processes,
+            },
+        )
+        if request.resume:
+            return pb.StartEvolveResponse(job=self._resume(created, ("recipe", *search.to_json())))
+        _refuse_existing(request.directory, created.kind)
+        return pb.StartEvolveResponse(job=self._start(request.request_id, created))
 
     async def StartGet(self, request: pb.StartGetRequest, context: Any) -> pb.StartGetResponse:
         model_id = self._one_model(request.model_id)
@@ -177,23 +198,29 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
         job = await self._node.jobs.cancel(self._node.jobs.find(request.id).id)
         return pb.CancelJobResponse(job=views.job(JobView(job=job)))
 
+    async def SettleJob(self, request: pb.SettleJobRequest, context: Any) -> pb.SettleJobResponse:
+        job = await self._node.jobs.settle(self._node.jobs.find(request.id).id)
+        return pb.SettleJobResponse(job=views.job(JobView(job=job)))
+
     async def ResumeJob(self, request: pb.ResumeJobRequest, context: Any) -> pb.ResumeJobResponse:
         job = self._node.jobs.resume(self._node.jobs.find(request.id).id)
         return pb.ResumeJobResponse(job=views.job(JobView(job=job)))
 
-    def _resume_merge(self, created: Created) -> pb.Job:
-        """Take up the newest unfinished merge into the same directory; raises LocalError for none."""
-        wanted = created.request["directory"]
+    def _resume(self, created: Created, same: tuple[str, ...]) -> pb.Job:
+        """Take up the newest unfinished job of this kind into the same directory; raises LocalError for none,
+        or one in whose request a key of `same` says something else."""
+        wanted, verb = created.request["directory"], created.kind.value
         for job in self._node.jobs.newest(MAX_PAGE):
-            unfinished = job.kind is JobKind.MERGE and job.state is not JobState.SUCCEEDED
+            unfinished = job.kind is created.kind and job.state is not JobState.SUCCEEDED
             if unfinished and job.request["directory"] == wanted:
-                if job.request["recipe"] != created.request["recipe"]:
+                differ = [key for key in same if job.request[key] != created.request[key]]
+                if differ:
                     raise LocalError(
-                        f"the unfinished merge into {wanted} has another recipe",
+                        f"the unfinished {verb} into {wanted} has another {differ[0]}",
                         hint=f"weft jobs resume {job.id[:8]}, or name another output",
                     )
                 return views.job(JobView(job=self._node.jobs.resume(job.id)))
-        raise LocalError(f"there is no unfinished merge into {wanted}", hint="weft jobs ls")
+        raise LocalError(f"there is no unfinished {verb} into {wanted}", hint="weft jobs ls")
 
     def _one_model(self, beginning: str) -> str:
         """The id of the one advertised model that begins so, or is called so."""
@@ -316,9 +343,41 @@ def _how(request: pb.StartMergeRequest) -> How:
     return How(threads=request.threads, max_memory=request.max_memory, perplexity=request.perplexity)
 
 
-def _refuse_existing(directory: str) -> None:
+def _search(request: pb.StartEvolveRequest) -> Search:
+    """What a request seeks; raises UsageError where that cannot be."""
+    usage = "weft evolve --help"
+    for named in (*request.tasks, *request.reported):
+        if named.endswith(".jsonl") and not Path(named).is_absolute():
+            raise UsageError(f"{named} is not an absolute path", hint=usage)
+    if not 1 <= len(request.tasks) <= MAX_TASKS or len(request.reported) > MAX_TASKS:
+        raise UsageError(f"1 to {MAX_TASKS} tasks are sought by", hint=usage)
+    if request.budget < 1 or min(request.seed, request.processes, request.shape.layers) < 0:
+        raise UsageError("budget, seed, layers and processes are counts", hint=usage)
+    shape = request.shape
+    return Search(
+        tasks=tuple(request.tasks),
+        reported=tuple(request.reported),
+        shape=Shape(
+            groups=shape.groups,
+            components=shape.components,
+            densities=shape.densities,
+            operators=tuple(shape.operators),
+        ),
+        layers=shape.layers if shape.HasField("layers") else None,
+        seed=request.seed,
+        budget=request.budget,
+        processes=request.processes or None,
+    )
+
+
+def _refuse_existing(directory: str, kind: JobKind) -> None:
     if Path(directory).exists():
-        raise LocalError(f"{directory} exists", hint=f"weft merge RECIPE -o {directory}-2")
+        raise LocalError(f"{directory} exists", hint=f"weft {kind} RECIPE -o {directory}-2")
+    if kind is JobKind.EVOLVE and folder_of(Path(directory)).exists():
+        raise LocalError(
+            f"an interrupted search for {directory} lies here",
+            hint=f"weft evolve RECIPE -o {directory} --resume, or rm -r {folder_of(Path(directory))}",
+        )
 
 
 def _page(found: list[Any], request: Any) -> tuple[list[Any], str]:

@@ -19,6 +19,7 @@ _KINDS = {
     JobKind.MERGE: pb.JOB_KIND_MERGE,
     JobKind.FETCH: pb.JOB_KIND_FETCH,
     JobKind.AUDIT: pb.JOB_KIND_AUDIT,
+    JobKind.EVOLVE: pb.JOB_KIND_EVOLVE,
 }
 
 
@@ -47,6 +48,10 @@ def job(view: JobView) -> pb.Job:
         message.progress.CopyFrom(
             pb.Progress(what=view.progress.what, done=view.progress.done, total=view.progress.total)
         )
+    if view.generation is not None:
+        message.generation.CopyFrom(_generation(view.generation))
+    if "search" in result:
+        message.search.CopyFrom(pb.SearchResult(**result["search"]))
     if "checked" in result:
         message.audit.CopyFrom(
             pb.AuditResult(
@@ -75,6 +80,12 @@ def peer(info: PeerInfo, experts: int) -> pb.PeerView:
 def _report(told: Mapping[str, Any]) -> pb.MergeReport:
     readings = [pb.Reading(**reading) for reading in told["readings"]]
     return pb.MergeReport(**{**told, "readings": readings})
+
+
+def _generation(told: Mapping[str, Any]) -> pb.Generation:
+    rows = [pb.Coefficients(**row) for row in told["rows"]]
+    known = pb.Generation.DESCRIPTOR.fields_by_name
+    return pb.Generation(**{key: value for key, value in told.items() if key in known} | {"rows": rows})
 
 
 def _agreement(envelope: Any) -> pb.AgreementView:

@@ -1,32 +1,40 @@
-"""A search in the foreground: which coefficients merge best, then the merge by them.
+"""The evolve job: which coefficients of a recipe merge best, sought in a worker, then the merge by them.
 
-What an interrupted search leaves lies in one hidden folder beside the target: its journal, and what it was
-asked. It goes when the merged model is in its place, or where a search fails before anything was read.
+    1 find and plan          as a merge does: the plan of the recipe as it stands
+    2 agree and fetch        as for that merge, which the agreements name
+    3 search                 in a worker; it ends by itself, or when the job is told to settle for its best
+    4 merge                  the recipe that was found; what peers gave is agreed on again, for its plan
+
+What an interrupted search leaves lies in one hidden folder beside the target, above all its journal, with
+which it goes on as if nothing had been. The folder goes when the merged model is in its place, or where a
+search fails before a candidate was read.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
-import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_core import files
-from merge_core.errors import MergeCoreError
+from merge_core import recipe as recipes
+from merge_core.errors import MergeCoreError, Unmergeable
 from merge_core.evolution.genome import Shape
-from merge_core.evolution.journal import holds_readings
+from merge_core.evolution.journal import holds_candidates
 from merge_core.evolution.record import SearchRecord
 from merge_core.recipe import Recipe
 from merge_core.resolve.stack import stack_of
-from node.errors import LocalError, NotEnoughPeers
+from node.domain.job import BEGUN, FOUND, SETTLE, JobState
+from node.errors import LocalError, WeftError
+from node.jobs.runner import Attempt
 from node.merging.merge import Merging, Planned, lay_out, worker_input
-from node.merging.parents import on_disk
+from node.merging.parents import Obtained
 from node.worker import process
 
 MOST_LAYERS = 4
@@ -36,7 +44,8 @@ MOST_PROCESSES = 8
 _PROCESS = 1 << 29
 """What an evaluator takes beside its model."""
 
-Event = Callable[[dict[str, Any]], None]
+_TOLD = ("generations", "of", "cost", "start_cost")
+"""What a result says of its search; the rest lies beside the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +63,30 @@ class Search:
     budget: int = 200
     processes: int | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """The keys of a job's request, but for `processes`; `Search.of` reads them."""
+        return {
+            "tasks": list(self.tasks),
+            "reported": list(self.reported),
+            "shape": self.shape.to_value(),
+            "layers": self.layers,
+            "seed": self.seed,
+            "budget": self.budget,
+        }
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any]) -> Search:
+        """What a job's request says."""
+        return cls(
+            tasks=tuple(request["tasks"]),
+            reported=tuple(request["reported"]),
+            shape=Shape.parse(request["shape"]),
+            layers=request["layers"],
+            seed=request["seed"],
+            budget=request["budget"],
+            processes=request.get("processes"),
+        )
+
     def shaped(self, planned: Planned) -> Shape:
         """The shape of the genome over the models of a merge."""
         depth = stack_of(planned.parents[0].header).count
@@ -67,59 +100,75 @@ class Search:
         return self.processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES, room)
 
 
+class Evolving:
+    """Seeks coefficients, and merges by what it finds."""
+
+    def __init__(self, merging: Merging) -> None:
+        self._merging = merging
+
+    async def evolve(self, attempt: Attempt, processes: int | None = None) -> dict[str, Any]:
+        """Do the job {recipe, directory, …} with what `Search.to_json` says.
+
+        The result is that of a merge, and `search`: {generations, of, cost, start_cost}. Raises LocalError
+        where another process searches for the same target, Unmergeable where models changed meanwhile.
+        """
+        target = Path(attempt.request["directory"])
+        recipe = recipes.parse(attempt.request["recipe"])
+        if attempt.reached(FOUND) is None:
+            search = Search.of(attempt.request)
+            if processes is not None:
+                search = replace(search, processes=processes)
+            attempt.reach(FOUND, await self._seek(attempt, recipe, target, search))
+        await self._plan(recipe, attempt)  # names may mean something else by now
+        found = attempt.reached(FOUND)
+        asked = {"recipe": found["recipe"], "directory": str(target), "search": found["record"]}
+        made = await self._merging.merge(attempt, asked=asked)
+        await asyncio.to_thread(discard, target)
+        return made | {"search": {key: found[key] for key in _TOLD}}
+
+    async def _plan(self, recipe: Recipe, attempt: Attempt) -> Planned:
+        """The plan of the recipe as it stands, the same in every attempt."""
+        planned = await self._merging.plan(recipe, attempt)
+        if attempt.reached("start") not in (None, planned.plan.digest):
+            raise Unmergeable(
+                "the models of this recipe have changed since the search began",
+                hint="weft evolve RECIPE -o another directory",
+            )
+        attempt.reach("start", planned.plan.digest)
+        return planned
+
+    async def _seek(self, attempt: Attempt, recipe: Recipe, target: Path, search: Search) -> dict[str, Any]:
+        """Search, or go on where the journal ends: {recipe, record, …} as the worker says."""
+        planned, obtained = await self._merging.obtain(await self._plan(recipe, attempt), attempt)
+        attempt.enter(JobState.SEARCHING)
+        folder = folder_of(target)
+        folder.mkdir(exist_ok=True)
+        with _held(folder, target):
+            request = {
+                "recipe": recipe.to_yaml(),
+                "shape": search.shaped(planned).to_value(),
+                "seed": search.seed,
+                "budget": search.budget,
+                "tasks": list(search.tasks),
+                "reported": list(search.reported),
+                "processes": search.at_once(planned),
+                "journal": str(folder / "journal"),
+                "stop": bool(attempt.reached(SETTLE)),
+            }
+            try:
+                request["inputs"] = await asyncio.to_thread(_laid_out, folder, planned, obtained)
+                found = await process.run("evolve", request, on_event=_teller(attempt))
+            except (MergeCoreError, WeftError):
+                if not holds_candidates(folder / "journal"):
+                    discard(target)  # what was read is dear; nothing was
+                raise
+        SearchRecord.parse(found["record"].encode())
+        return found
+
+
 def folder_of(target: Path) -> Path:
     """Where a search for `target` keeps what a resume needs."""
     return target.parent / f".{target.name}.weft-search"
-
-
-async def seek(
-    merging: Merging,
-    recipe: Recipe,
-    target: Path,
-    search: Search,
-    *,
-    resume: bool,
-    stop: bool = False,
-    on_event: Event,
-) -> dict[str, Any]:
-    """Search, or go on with a search that was interrupted; `stop` settles for the best that it has found.
-
-    Returns {recipe, record, generations, of, evaluated, cost, start_cost}. Raises LocalError where
-    something else lies, or another search.
-    """
-    _check_place(target, resume=resume)
-    try:
-        planned = await merging.plan(recipe)
-    except NotEnoughPeers as error:
-        raise NotEnoughPeers(error.why, hint="weft get MODEL, then: weft evolve RECIPE") from error
-    shape = search.shaped(planned)
-    asked = _asked(recipe, search, shape)
-    folder = folder_of(target)
-    begun = folder.exists()
-    folder.mkdir(exist_ok=True)
-    with _held(folder, target):
-        _begin(folder, asked, target)
-        journal = folder / "journal"
-        try:
-            inputs = _laid_out(folder, planned)
-            more = {"inputs": inputs, "processes": search.at_once(planned), "stop": stop}
-            found = await process.run("evolve", {**asked, **more, "journal": str(journal)}, on_event=on_event)
-        except MergeCoreError:
-            if not begun and not holds_readings(journal):
-                discard(target)  # what was read is dear; nothing was
-            raise
-    SearchRecord.parse(found["record"].encode())
-    return found
-
-
-def _laid_out(folder: Path, planned: Planned) -> dict[str, Any]:
-    """The models of the recipe, by reference, as the worker is told of them."""
-    inputs = [on_disk(parent) for parent in planned.parents]
-    lay_out(folder, planned.plan, inputs)
-    return {
-        parent.reference: {**worker_input(folder, position, here), "hashed": here.hashed}
-        for position, (parent, here) in enumerate(zip(planned.parents, inputs, strict=True))
-    }
 
 
 def discard(target: Path) -> None:
@@ -127,40 +176,27 @@ def discard(target: Path) -> None:
     shutil.rmtree(folder_of(target), ignore_errors=True)
 
 
-def _asked(recipe: Recipe, search: Search, shape: Shape) -> dict[str, Any]:
+def _laid_out(folder: Path, planned: Planned, obtained: Obtained) -> dict[str, Any]:
+    """The models of the recipe, by reference, as the worker is told of them."""
+    inputs = [obtained.parents[parent.model_id] for parent in planned.parents]
+    lay_out(folder, planned.plan, inputs)
     return {
-        "recipe": recipe.to_yaml(),
-        "shape": shape.to_value(),
-        "seed": search.seed,
-        "budget": search.budget,
-        "tasks": list(search.tasks),
-        "reported": list(search.reported),
+        parent.reference: {**worker_input(folder, position, here), "hashed": here.hashed}
+        for position, (parent, here) in enumerate(zip(planned.parents, inputs, strict=True))
     }
 
 
-def _check_place(target: Path, *, resume: bool) -> None:
-    if not target.parent.is_dir():
-        raise LocalError(f"{target.parent} is not a directory", hint=f"mkdir -p {target.parent}")
-    unfinished = folder_of(target).exists()
-    if unfinished and not resume:
-        raise LocalError(
-            f"an interrupted search for {target} lies here",
-            hint=f"weft evolve RECIPE -o {target} --resume, or rm -r {folder_of(target)}",
-        )
-    if target.exists() and not unfinished:
-        raise LocalError(f"{target} exists", hint=f"weft evolve RECIPE -o {target}-2")
+def _teller(attempt: Attempt) -> Callable[[dict[str, Any]], None]:
+    """Pass what a search tells on to the job's watchers."""
 
+    def tell(event: dict[str, Any]) -> None:
+        if event["kind"] == "generation":
+            attempt.reach(BEGUN, True)
+            attempt.show(event)
+        elif event["kind"] == "settling":
+            attempt.progress("the best are asked all items", 0, 0)
 
-def _begin(folder: Path, asked: dict[str, Any], target: Path) -> None:
-    """Write down what is asked; raises LocalError where an interrupted search was asked something else."""
-    path, data = folder / "asked.json", json.dumps(asked).encode()
-    if not path.exists():
-        files.replace(path, data)
-    elif path.read_bytes() != data:
-        raise LocalError(
-            f"the interrupted search for {target} was another one",
-            hint=f"weft evolve as it was first called, or rm -r {folder}",
-        )
+    return tell
 
 
 @contextmanager
@@ -172,7 +208,7 @@ def _held(folder: Path, target: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LocalError(
-                f"{target} is being sought by another process", hint=f"weft evolve RECIPE -o {target}-2"
+                f"{target} is being sought by another search", hint=f"weft evolve RECIPE -o {target}-2"
             ) from None
         yield
     finally:

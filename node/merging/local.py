@@ -1,20 +1,23 @@
-"""A merge without a node: the same job in the foreground, its journal beside the output."""
+"""Merges and searches without a node: the same jobs in the foreground, their journal beside the output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from merge_core.errors import MergeCoreError
 from merge_core.recipe import Recipe
-from node.domain.job import Created, Job, JobKind, JobState, Resumed
+from node.domain.job import FOUND, SETTLE, Created, Job, JobKind, JobState, Reached, Resumed
 from node.errors import LocalError, WeftError
 from node.jobs.journal import Journal
-from node.jobs.runner import JobView, perform
+from node.jobs.runner import JobView, Work, perform
 from node.merging.audit import Auditing
+from node.merging.evolve import Evolving, Search, folder_of
 from node.merging.how import How
 from node.merging.merge import Merging, leftovers
 
@@ -22,7 +25,7 @@ _JOB = "merge"
 
 
 def journal_path(target: Path) -> Path:
-    """Where the journal of a merge into `target` lies while it is unfinished."""
+    """Where the journal of a job that makes `target` lies while it is unfinished."""
     return target.parent / f".{target.name}.weft.db"
 
 
@@ -32,43 +35,56 @@ async def merge(
     target: Path,
     *,
     how: How | None = None,
-    search: str = "",
     resume: bool,
     clock: Callable[[], float],
     on_view: Callable[[JobView], None],
 ) -> dict[str, Any]:
     """Merge into `target` and return the job's result; what was left by a killed run needs `resume`.
 
-    `search` is what the model records of the search that found its recipe.
-
     Ctrl-C and kill -9 leave what a resume needs, hidden beside the target; so does a worker that was killed.
     Any other error leaves nothing. Resuming what is finished gives its result again.
     """
-    _check_place(target, resume=resume)
     request = {"recipe": recipe.to_yaml(), "directory": str(target)}
-    request |= {"search": search} if search else {}
-    created = Created(kind=JobKind.MERGE, title=f"{recipe.methods} into {target.name}", request=request)
-    with ExitStack() as stack:
-        journal = stack.enter_context(closing(Journal.open(journal_path(target))))
-        fresh = _begin(journal, created, target, clock())
-        # Whoever holds the lock owns what lies there; before that nothing is written and nothing removed.
-        stack.enter_context(journal.lock(_JOB))
-        job = journal.load(_JOB) if fresh else _take_up(journal, created, clock())
-        try:
-            ended = await perform(
-                journal,
-                job,
-                lambda attempt: merging.merge(attempt, how or How()),
-                clock=clock,
-                on_change=on_view,
-            )
-        except (MergeCoreError, WeftError):
-            if not leftovers(target):
-                journal.remove()
-            raise
-        journal.remove()
-    result: dict[str, Any] = ended.result
-    return result
+    title = f"{recipe.methods} into {target.name}"
+    place = _Place(target=target, verb="merge", left=lambda: leftovers(target))
+    return await place.perform(
+        Created(kind=JobKind.MERGE, title=title, request=request),
+        lambda attempt: merging.merge(attempt, how or How()),
+        resume=resume,
+        clock=clock,
+        on_view=on_view,
+    )
+
+
+async def evolve(
+    merging: Merging,
+    recipe: Recipe,
+    target: Path,
+    search: Search,
+    *,
+    resume: bool,
+    settle: bool = False,
+    clock: Callable[[], float],
+    on_view: Callable[[JobView], None],
+) -> dict[str, Any]:
+    """Search, merge into `target` and return the job's result; resumed as a merge is.
+
+    With `settle` an interrupted search ends with the best that it has found.
+    """
+    request = {"recipe": recipe.to_yaml(), "directory": str(target), **search.to_json()}
+    place = _Place(
+        target=target,
+        verb="evolve",
+        left=lambda: (*leftovers(target), *(path for path in (folder_of(target),) if path.exists())),
+    )
+    return await place.perform(
+        Created(kind=JobKind.EVOLVE, title=f"search for {target.name}", request=request),
+        lambda attempt: Evolving(merging).evolve(attempt, search.processes),
+        resume=resume,
+        steps={SETTLE: True} if settle else {},
+        clock=clock,
+        on_view=on_view,
+    )
 
 
 async def audit(
@@ -94,38 +110,79 @@ async def audit(
     return result
 
 
-def _check_place(target: Path, *, resume: bool) -> None:
-    """Raise LocalError where a merge into `target` must not begin."""
-    unfinished = journal_path(target).exists()
-    if not target.parent.is_dir():
-        raise LocalError(f"{target.parent} is not a directory", hint=f"mkdir -p {target.parent}")
-    if not resume and (unfinished or leftovers(target)):
-        raise LocalError(
-            f"an interrupted merge into {target} lies here", hint=f"weft merge RECIPE -o {target} --resume"
-        )
-    if target.exists() and not (unfinished or resume):
-        raise LocalError(f"{target} exists", hint=f"weft merge RECIPE -o {target}-2")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a job of the foreground works: `verb` makes `target`, and `left` is what it leaves unfinished."""
 
+    target: Path
+    verb: str
+    left: Callable[[], tuple[Path, ...]]
 
-def _begin(journal: Journal, created: Created, target: Path, now: float) -> bool:
-    """Journal a new job, True; False where an interrupted run of the same merge left one."""
-    left = journal.jobs(limit=1)
-    if not left:
-        journal.create(_JOB, created, now)
-        return True
-    if dict(left[0].request) != created.request:
-        remains = [*map(str, leftovers(target)), f"{journal_path(target)}*"]
-        raise LocalError(
-            f"the interrupted merge into {target} was another one",
-            hint=f"weft merge with the first recipe, or rm -r {' '.join(remains)}",
-        )
-    return False
+    async def perform(
+        self,
+        created: Created,
+        work: Work,
+        *,
+        resume: bool,
+        steps: Mapping[str, Any] = MappingProxyType({}),
+        clock: Callable[[], float],
+        on_view: Callable[[JobView], None],
+    ) -> dict[str, Any]:
+        """Begin the job, or take it up where it was interrupted, as if it had reached `steps` too."""
+        self._check(resume=resume)
+        with ExitStack() as stack:
+            journal = stack.enter_context(closing(Journal.open(journal_path(self.target))))
+            fresh = self._begin(journal, created, clock())
+            # Whoever holds the lock owns what lies there; before that nothing is written and nothing removed.
+            stack.enter_context(journal.lock(_JOB))
+            job = journal.load(_JOB) if fresh else _take_up(journal, created, clock())
+            for step, value in steps.items():
+                job = journal.append(job.id, Reached(step=step, value=value), clock())
+            try:
+                ended = await perform(journal, job, work, clock=clock, on_change=on_view)
+            except (MergeCoreError, WeftError):
+                if not self.left():
+                    journal.remove()
+                raise
+            journal.remove()
+        result: dict[str, Any] = ended.result
+        return result
+
+    def _check(self, *, resume: bool) -> None:
+        """Raise LocalError where the job must not begin."""
+        target, unfinished = self.target, journal_path(self.target).exists()
+        if not target.parent.is_dir():
+            raise LocalError(f"{target.parent} is not a directory", hint=f"mkdir -p {target.parent}")
+        if not resume and (unfinished or self.left()):
+            raise LocalError(
+                f"an interrupted {self.verb} into {target} lies here",
+                hint=f"weft {self.verb} RECIPE -o {target} --resume",
+            )
+        if target.exists() and not (unfinished or resume):
+            raise LocalError(f"{target} exists", hint=f"weft {self.verb} RECIPE -o {target}-2")
+
+    def _begin(self, journal: Journal, created: Created, now: float) -> bool:
+        """Journal a new job, True; False where an interrupted run of the same left one."""
+        before = journal.jobs(limit=1)
+        if not before:
+            journal.create(_JOB, created, now)
+            return True
+        if dict(before[0].request) != created.request:
+            remains = [*map(str, self.left()), f"{journal_path(self.target)}*"]
+            raise LocalError(
+                f"the interrupted {before[0].kind} into {self.target} was another one",
+                hint=f"weft {before[0].kind} as it was first called, or rm -r {' '.join(remains)}",
+            )
+        return False
 
 
 def _take_up(journal: Journal, created: Created, now: float) -> Job:
     """The job that a killed run left, to go on with."""
     left = journal.jobs()
-    if left[0].state is JobState.SUCCEEDED:
-        # Killed before the journal was removed: a job that finds the result there, or makes it again.
-        return journal.create(f"{_JOB}-{len(left)}", created, now)
-    return journal.append(left[0].id, Resumed(), now)
+    if left[0].state is not JobState.SUCCEEDED:
+        return journal.append(left[0].id, Resumed(), now)
+    # Killed before the journal was removed: a job that finds the result there, or makes it again.
+    job = journal.create(f"{_JOB}-{len(left)}", created, now)
+    if FOUND in left[0].steps:
+        job = journal.append(job.id, Reached(step=FOUND, value=left[0].steps[FOUND]), now)
+    return job

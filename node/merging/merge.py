@@ -119,14 +119,25 @@ class Merging:
         planned.inherited.refuse()
         return planned
 
-    async def merge(self, attempt: Attempt, how: How | None = None) -> dict[str, Any]:
-        """Do the job {recipe, directory, publish_as, search} as `how` says, else as the request does.
+    async def obtain(self, planned: Planned, attempt: Attempt) -> tuple[Planned, Obtained]:
+        """Bring the parents here; raises Unmergeable where a signed card forbids what an advert did not."""
+        obtained = await self._parents.obtain(planned.parents, planned.plan, Purpose.MERGE, attempt)
+        planned = replace(planned, parents=tuple(obtained.settle(p) for p in planned.parents))
+        planned.inherited.refuse()
+        return planned, obtained
 
+    async def merge(
+        self, attempt: Attempt, how: How | None = None, *, asked: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Do what is `asked`, {recipe, directory, publish_as?, search?}, else what the job's request does.
+
+        So too with `how`. `search` is what the model records of the search that found its recipe.
         The result is {model_id, directory, signed, licence, warnings, report}.
         """
+        asked = attempt.request if asked is None else asked
         how = How.of(attempt.request) if how is None else how
-        target = Path(attempt.request["directory"])
-        planned = await self.plan(recipes.parse(attempt.request["recipe"]), attempt)
+        target = Path(asked["directory"])
+        planned = await self.plan(recipes.parse(asked["recipe"]), attempt)
         if attempt.reached("plan") not in (None, planned.plan.digest):
             raise Unmergeable(
                 "the models of this recipe have changed since the merge began",
@@ -137,21 +148,19 @@ class Merging:
         if _is_there(target, planned.plan):
             manifest = Manifest.parse((target / MANIFEST_FILE).read_bytes())
         else:
-            obtained = await self._parents.obtain(planned.parents, planned.plan, Purpose.MERGE, attempt)
-            planned = replace(planned, parents=tuple(obtained.settle(p) for p in planned.parents))
             try:
-                planned.inherited.refuse()  # a signed card may say what an advert did not
+                planned, obtained = await self.obtain(planned, attempt)
                 fitting = replace(how, threads=threads)
-                manifest = await self._execute(attempt, planned, obtained, target, fitting)
+                search = asked.get("search", "").encode()
+                manifest = await self._execute(attempt, planned, obtained, target, fitting, search)
             except MergeCoreError as error:
                 await asyncio.to_thread(discard, target)  # trying again would end the same way
                 _call_by_reference(error, planned.parents)
                 raise
         await asyncio.to_thread(shutil.rmtree, work_folder(target), ignore_errors=True)
         self._remember(planned, manifest.model_id, target)
-        if self._publish and attempt.request.get("publish_as"):
-            name = attempt.request["publish_as"]
-            await self._publish(target, name, planned.inherited.licence)
+        if self._publish and asked.get("publish_as"):
+            await self._publish(target, asked["publish_as"], planned.inherited.licence)
         found = Report.parse(await asyncio.to_thread(read_bounded, target / REPORT_FILE, MAX_REPORT))
         return {
             "model_id": manifest.model_id,
@@ -170,7 +179,13 @@ class Merging:
                     self._known.remember(parent.model_id, parent.directory)
 
     async def _execute(
-        self, attempt: Attempt, planned: Planned, obtained: Obtained, target: Path, how: How
+        self,
+        attempt: Attempt,
+        planned: Planned,
+        obtained: Obtained,
+        target: Path,
+        how: How,
+        search: bytes,
     ) -> Manifest:
         """Have the weights made, and put all together; the manifest of the result."""
         attempt.enter(JobState.MERGING)
@@ -194,8 +209,8 @@ class Merging:
             merged.manifest.model_id,
             found,
         )
-        if attempt.request.get("search"):
-            files[SEARCH_FILE] = attempt.request["search"].encode()
+        if search:
+            files[SEARCH_FILE] = search
         await asyncio.to_thread(self._finish, target, merged, files)
         return merged.manifest
 

@@ -181,7 +181,10 @@ def _judged(
 
 
 def _told(generation: Generation, genome: Genome) -> dict[str, Any]:
-    """A generation as an event; `left` are the generations to come, each as its share of the items."""
+    """A generation as an event; `left` are the generations to come, each as its share of the items.
+
+    `rows` are the coefficients of its best, for each expert one for each layer.
+    """
     return {
         "kind": "generation",
         "number": generation.number,
@@ -194,8 +197,10 @@ def _told(generation: Generation, genome: Genome) -> dict[str, Any]:
         "mean": generation.mean,
         "evaluated": generation.evaluated,
         "replayed": generation.replayed,
-        "rows": list(genome.rows),
-        "weights": genome.weights(generation.values),
+        "rows": [
+            {"model": model, "weights": list(weights)}
+            for model, weights in zip(genome.rows, genome.weights(generation.values), strict=True)
+        ],
     }
 
 

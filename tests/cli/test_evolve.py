@@ -126,7 +126,7 @@ def test_what_cannot_be_sought_leaves_nothing_behind(
 def test_nothing_is_written_over(weft: Weft, desk: Path) -> None:
     (desk / "found").mkdir()
     said = weft("--json", "evolve", "recipe.yml", "-o", "found", "--tasks", "words.jsonl", *SMALL)
-    assert said.error["why"].endswith("found exists")
+    assert said.error["why"].endswith("found exists") and said.error["hint"].startswith("weft evolve")
     assert list((desk / "found").iterdir()) == []
 
 
@@ -136,6 +136,7 @@ def test_a_failure_on_the_way_keeps_what_was_read(weft: Weft, desk: Path) -> Non
     from merge_core.evolution.genome import Shape
     from node import app
     from node.home import Home
+    from node.jobs.runner import JobView
     from node.merging.evolve import Search
 
     search = Search(tasks=(str(desk / "words.jsonl"),), shape=Shape(), budget=60, processes=1, layers=0)
@@ -143,15 +144,13 @@ def test_a_failure_on_the_way_keeps_what_was_read(weft: Weft, desk: Path) -> Non
     told = 0
 
     def go_on(*, resume: bool, spoil: bool = False) -> dict[str, Any]:
-        def hear(event: dict[str, Any]) -> None:
+        def hear(view: JobView) -> None:
             nonlocal told
-            told += event["kind"] == "generation"
-            if spoil:
+            told += view.generation is not None
+            if spoil and told:
                 os.utime(desk / "math" / "model.safetensors", (told, told))
 
-        return app.evolve_here(
-            home, recipe, desk / "found", search, resume=resume, on_event=hear, on_view=lambda _: None
-        )
+        return app.evolve_here(home, recipe, desk / "found", search, resume=resume, on_view=hear)
 
     with pytest.raises(MergeCoreError):
         go_on(resume=False, spoil=True)

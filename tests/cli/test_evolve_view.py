@@ -8,14 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 
 from merge_core.evolution.genome import Shape
-from node.cli.evolution import _View, heat_map
+from node.cli import render
+from node.cli.output import Output
+from node.cli.searching import Generations, heat_map
 from node.merging.evolve import Search
 from node.provenance.verify import few
 
-ROWS = ["/models/math", "/models/[red]code"]
+ROWS = [
+    {"model": "/models/math", "weights": [0.5, 1.0]},
+    {"model": "/models/[red]code", "weights": [0.25, -1.0]},
+]
 
 
 def console() -> Console:
@@ -43,13 +47,12 @@ def generation(number: int, **more: Any) -> dict[str, Any]:
         "best": 1.5 / number,
         "mean": 2.0,
         "rows": ROWS,
-        "weights": [[0.5, 1.0], [0.25, -1.0]],
         **more,
     }
 
 
 def test_a_heat_map_has_experts_and_layers() -> None:
-    shown = drawn(heat_map(ROWS, [[0.5, 1.0], [0.25, -1.0]], width=200))
+    shown = drawn(heat_map(ROWS, width=200))
     first, math, code = (line.split() for line in shown.splitlines()[:3])
     assert first == ["layer", "0", "1"]
     assert math == ["math", "0.50", "1.00"]
@@ -59,7 +62,7 @@ def test_a_heat_map_has_experts_and_layers() -> None:
 def test_a_deep_model_still_fits() -> None:
     for width in (40, 80, 200):
         screen = Console(file=io.StringIO(), width=width, force_terminal=False)
-        screen.print(heat_map(["a-long-name-of-an-expert"], [[-0.25] * 80], width=width))
+        screen.print(heat_map([{"model": "a-long-name-of-an-expert", "weights": [-0.25] * 80}], width=width))
         header, row = (line.split() for line in screen.file.getvalue().splitlines())  # type: ignore[attr-defined]
         assert header[:2] == ["layer", "0"] and int(header[-1]) < 80 and "…" not in "".join(row[1:])
         assert row[1:] == ["-0.25"] * (len(header) - 1) and len(header) == 1 + (width - 21) // 6
@@ -67,17 +70,42 @@ def test_a_deep_model_still_fits() -> None:
 
 def test_a_view_tells_costs_and_the_time_that_is_left() -> None:
     ticks = iter([0.0, 0.01, 10.01, 30.01])
-    live = Live(console=console(), auto_refresh=False)
-    view = _View(live, lambda: next(ticks))
-    view(generation(1, replayed=True))
-    assert "taken up" in drawn(live.renderable) and "left" not in drawn(live.renderable)
-    view(generation(1))
-    assert "about 2 min left" in drawn(live.renderable)
-    view(generation(2, left=1.0))
-    shown = drawn(live.renderable)
-    assert "about 80 s left" in shown and "1/4" in shown and "0.7500" in shown and "25%" in shown
-    view({"kind": "settling"})
-    assert "all items" in drawn(live.renderable)
+    view = Generations(lambda: next(ticks))
+    assert view.add(generation(1, replayed=True))
+    shown = drawn(view.drawn(width=200))
+    assert "taken up" in shown and "left" not in shown
+    assert view.add(generation(2))
+    assert "about 2 min left" in drawn(view.drawn(width=200))
+    assert not view.add(generation(2))
+    assert view.add(generation(3, left=1.0))
+    shown = drawn(view.drawn(width=200))
+    assert "about 80 s left" in shown and "2/4" in shown and "0.7500" in shown and "25%" in shown
+
+
+def test_who_looks_in_later_is_not_told_a_time_that_nobody_knows() -> None:
+    ticks = iter([0.0, 0.01, 20.01])
+    view = Generations(lambda: next(ticks))
+    view.add(generation(3))
+    assert "left" not in drawn(view.drawn(width=200))
+    view.add(generation(4, left=1.0))
+    assert "about 80 s left" in drawn(view.drawn(width=200))
+
+
+def test_a_search_is_followed_like_any_job_and_each_generation_told_once() -> None:
+    out = Output()
+    out.story_console = console()
+    searching = {"state": "searching", "waiting_on": "", "progress": None, "generation": None}
+    with render.live(out) as show:
+        show(searching | {"state": "fetching", "waiting_on": "math"})
+        show(searching)
+        for number in (1, 1, 2):
+            show(searching | {"generation": generation(number)})
+        show(searching | {"progress": {"what": "the best are asked all items", "done": 0, "total": 0}})
+        show(searching | {"state": "merging"})
+    told = out.story_console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert told[:2] == ["· fetching: math", "· searching"] and told[-1] == "· merging"
+    assert told[2] == "generation 1 of 4: best 1.5000, mean 2.0000, 12 candidates"
+    assert len(told) == 5
 
 
 def test_no_more_processes_evaluate_than_this_one_may_use_cores() -> None:

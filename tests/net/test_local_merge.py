@@ -114,8 +114,8 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, *, before:
 
 
 MOMENTS = {
-    "the journal is new": (local, "_begin", True),
-    "the job is new": (local, "_begin", False),
+    "the journal is new": (Journal, "create", True),
+    "the job is new": (Journal, "create", False),
     "the worker has its orders": (merge, "lay_out", False),
     "the weights are there": (merge, "_read_back", True),
     "the records are there": (CheckpointWriter, "commit", True),

@@ -13,6 +13,7 @@ class JobKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_KIND_MERGE: _ClassVar[JobKind]
     JOB_KIND_FETCH: _ClassVar[JobKind]
     JOB_KIND_AUDIT: _ClassVar[JobKind]
+    JOB_KIND_EVOLVE: _ClassVar[JobKind]
 
 class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -25,10 +26,12 @@ class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATE_SUCCEEDED: _ClassVar[JobState]
     JOB_STATE_FAILED: _ClassVar[JobState]
     JOB_STATE_CANCELLED: _ClassVar[JobState]
+    JOB_STATE_SEARCHING: _ClassVar[JobState]
 JOB_KIND_UNSPECIFIED: JobKind
 JOB_KIND_MERGE: JobKind
 JOB_KIND_FETCH: JobKind
 JOB_KIND_AUDIT: JobKind
+JOB_KIND_EVOLVE: JobKind
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_WAITING_FOR_PEERS: JobState
@@ -38,6 +41,7 @@ JOB_STATE_VERIFYING: JobState
 JOB_STATE_SUCCEEDED: JobState
 JOB_STATE_FAILED: JobState
 JOB_STATE_CANCELLED: JobState
+JOB_STATE_SEARCHING: JobState
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
@@ -296,7 +300,7 @@ class JobError(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., why: _Optional[str] = ..., hint: _Optional[str] = ..., exit_code: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "state", "since", "waiting_on", "subject", "directory", "plan", "agreements", "transfers", "progress", "model_id", "audit", "error", "warnings", "licence", "report")
+    __slots__ = ("id", "kind", "state", "since", "waiting_on", "subject", "directory", "plan", "agreements", "transfers", "progress", "model_id", "audit", "error", "warnings", "licence", "report", "generation", "search")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +318,8 @@ class Job(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     LICENCE_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: JobKind
     state: JobState
@@ -331,7 +337,51 @@ class Job(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     licence: str
     report: MergeReport
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., state: _Optional[_Union[JobState, str]] = ..., since: _Optional[float] = ..., waiting_on: _Optional[str] = ..., subject: _Optional[str] = ..., directory: _Optional[str] = ..., plan: _Optional[str] = ..., agreements: _Optional[_Iterable[_Union[AgreementView, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., model_id: _Optional[str] = ..., audit: _Optional[_Union[AuditResult, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., licence: _Optional[str] = ..., report: _Optional[_Union[MergeReport, _Mapping]] = ...) -> None: ...
+    generation: Generation
+    search: SearchResult
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., state: _Optional[_Union[JobState, str]] = ..., since: _Optional[float] = ..., waiting_on: _Optional[str] = ..., subject: _Optional[str] = ..., directory: _Optional[str] = ..., plan: _Optional[str] = ..., agreements: _Optional[_Iterable[_Union[AgreementView, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., model_id: _Optional[str] = ..., audit: _Optional[_Union[AuditResult, _Mapping]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., licence: _Optional[str] = ..., report: _Optional[_Union[MergeReport, _Mapping]] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ..., search: _Optional[_Union[SearchResult, _Mapping]] = ...) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("number", "of", "share", "left", "best", "mean", "evaluated", "replayed", "rows")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    OF_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    of: int
+    share: float
+    left: float
+    best: float
+    mean: float
+    evaluated: int
+    replayed: bool
+    rows: _containers.RepeatedCompositeFieldContainer[Coefficients]
+    def __init__(self, number: _Optional[int] = ..., of: _Optional[int] = ..., share: _Optional[float] = ..., left: _Optional[float] = ..., best: _Optional[float] = ..., mean: _Optional[float] = ..., evaluated: _Optional[int] = ..., replayed: _Optional[bool] = ..., rows: _Optional[_Iterable[_Union[Coefficients, _Mapping]]] = ...) -> None: ...
+
+class Coefficients(_message.Message):
+    __slots__ = ("model", "weights")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class SearchResult(_message.Message):
+    __slots__ = ("generations", "of", "cost", "start_cost")
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    OF_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    START_COST_FIELD_NUMBER: _ClassVar[int]
+    generations: int
+    of: int
+    cost: float
+    start_cost: float
+    def __init__(self, generations: _Optional[int] = ..., of: _Optional[int] = ..., cost: _Optional[float] = ..., start_cost: _Optional[float] = ...) -> None: ...
 
 class MergeReport(_message.Message):
     __slots__ = ("lines", "flags", "tensors", "measured", "zeros", "text", "readings")
@@ -384,6 +434,50 @@ class StartMergeRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., recipe: _Optional[str] = ..., directory: _Optional[str] = ..., publish_as: _Optional[str] = ..., resume: _Optional[bool] = ..., threads: _Optional[int] = ..., max_memory: _Optional[int] = ..., perplexity: _Optional[str] = ...) -> None: ...
 
 class StartMergeResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: Job
+    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+
+class Shape(_message.Message):
+    __slots__ = ("layers", "groups", "components", "densities", "operators")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    COMPONENTS_FIELD_NUMBER: _ClassVar[int]
+    DENSITIES_FIELD_NUMBER: _ClassVar[int]
+    OPERATORS_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    groups: bool
+    components: bool
+    densities: bool
+    operators: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, layers: _Optional[int] = ..., groups: _Optional[bool] = ..., components: _Optional[bool] = ..., densities: _Optional[bool] = ..., operators: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class StartEvolveRequest(_message.Message):
+    __slots__ = ("request_id", "recipe", "directory", "resume", "tasks", "reported", "shape", "seed", "budget", "processes")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    REPORTED_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    PROCESSES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    recipe: str
+    directory: str
+    resume: bool
+    tasks: _containers.RepeatedScalarFieldContainer[str]
+    reported: _containers.RepeatedScalarFieldContainer[str]
+    shape: Shape
+    seed: int
+    budget: int
+    processes: int
+    def __init__(self, request_id: _Optional[str] = ..., recipe: _Optional[str] = ..., directory: _Optional[str] = ..., resume: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., reported: _Optional[_Iterable[str]] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ..., seed: _Optional[int] = ..., budget: _Optional[int] = ..., processes: _Optional[int] = ...) -> None: ...
+
+class StartEvolveResponse(_message.Message):
     __slots__ = ("job",)
     JOB_FIELD_NUMBER: _ClassVar[int]
     job: Job
@@ -454,6 +548,18 @@ class CancelJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class CancelJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: Job
+    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+
+class SettleJobRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class SettleJobResponse(_message.Message):
     __slots__ = ("job",)
     JOB_FIELD_NUMBER: _ClassVar[int]
     job: Job

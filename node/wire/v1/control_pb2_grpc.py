@@ -79,6 +79,11 @@ class NodeStub:
                 request_serializer=node_dot_wire_dot_v1_dot_control__pb2.StartMergeRequest.SerializeToString,
                 response_deserializer=node_dot_wire_dot_v1_dot_control__pb2.StartMergeResponse.FromString,
                 _registered_method=True)
+        self.StartEvolve = channel.unary_unary(
+                '/weft.v1.Node/StartEvolve',
+                request_serializer=node_dot_wire_dot_v1_dot_control__pb2.StartEvolveRequest.SerializeToString,
+                response_deserializer=node_dot_wire_dot_v1_dot_control__pb2.StartEvolveResponse.FromString,
+                _registered_method=True)
         self.StartGet = channel.unary_unary(
                 '/weft.v1.Node/StartGet',
                 request_serializer=node_dot_wire_dot_v1_dot_control__pb2.StartGetRequest.SerializeToString,
@@ -103,6 +108,11 @@ class NodeStub:
                 '/weft.v1.Node/CancelJob',
                 request_serializer=node_dot_wire_dot_v1_dot_control__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=node_dot_wire_dot_v1_dot_control__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
+        self.SettleJob = channel.unary_unary(
+                '/weft.v1.Node/SettleJob',
+                request_serializer=node_dot_wire_dot_v1_dot_control__pb2.SettleJobRequest.SerializeToString,
+                response_deserializer=node_dot_wire_dot_v1_dot_control__pb2.SettleJobResponse.FromString,
                 _registered_method=True)
         self.ResumeJob = channel.unary_unary(
                 '/weft.v1.Node/ResumeJob',
@@ -175,6 +185,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartEvolve(self, request, context):
+        """Start a search for the coefficients of a merge, and the merge by them; idempotent by `request_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StartGet(self, request, context):
         """Start to fetch an expert and become a second holder.
         """
@@ -204,6 +221,13 @@ class NodeServicer:
 
     def CancelJob(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SettleJob(self, request, context):
+        """End a search with the best that it has found; the job goes on with the merge by that.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -263,6 +287,11 @@ def add_NodeServicer_to_server(servicer, server):
                     request_deserializer=node_dot_wire_dot_v1_dot_control__pb2.StartMergeRequest.FromString,
                     response_serializer=node_dot_wire_dot_v1_dot_control__pb2.StartMergeResponse.SerializeToString,
             ),
+            'StartEvolve': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartEvolve,
+                    request_deserializer=node_dot_wire_dot_v1_dot_control__pb2.StartEvolveRequest.FromString,
+                    response_serializer=node_dot_wire_dot_v1_dot_control__pb2.StartEvolveResponse.SerializeToString,
+            ),
             'StartGet': grpc.unary_unary_rpc_method_handler(
                     servicer.StartGet,
                     request_deserializer=node_dot_wire_dot_v1_dot_control__pb2.StartGetRequest.FromString,
@@ -287,6 +316,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=node_dot_wire_dot_v1_dot_control__pb2.CancelJobRequest.FromString,
                     response_serializer=node_dot_wire_dot_v1_dot_control__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'SettleJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.SettleJob,
+                    request_deserializer=node_dot_wire_dot_v1_dot_control__pb2.SettleJobRequest.FromString,
+                    response_serializer=node_dot_wire_dot_v1_dot_control__pb2.SettleJobResponse.SerializeToString,
             ),
             'ResumeJob': grpc.unary_unary_rpc_method_handler(
                     servicer.ResumeJob,
@@ -548,6 +582,33 @@ class Node:
             _registered_method=True)
 
     @staticmethod
+    def StartEvolve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.Node/StartEvolve',
+            node_dot_wire_dot_v1_dot_control__pb2.StartEvolveRequest.SerializeToString,
+            node_dot_wire_dot_v1_dot_control__pb2.StartEvolveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def StartGet(request,
             target,
             options=(),
@@ -672,6 +733,33 @@ class Node:
             '/weft.v1.Node/CancelJob',
             node_dot_wire_dot_v1_dot_control__pb2.CancelJobRequest.SerializeToString,
             node_dot_wire_dot_v1_dot_control__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SettleJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weft.v1.Node/SettleJob',
+            node_dot_wire_dot_v1_dot_control__pb2.SettleJobRequest.SerializeToString,
+            node_dot_wire_dot_v1_dot_control__pb2.SettleJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
