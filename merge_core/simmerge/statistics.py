@@ -25,6 +25,11 @@ TOP_SHARE = 0.2
 """The share of a group's coordinates that counts as its largest."""
 
 
+def kept(coordinates: int) -> int:
+    """How many of so many coordinates are the largest: a fifth, at least one."""
+    return max(1, int(TOP_SHARE * coordinates))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StructuralStatistics:
     """What the weights of ordered pairs (a, b) say; [..., COLUMNS] where nothing else is said.
@@ -47,10 +52,11 @@ class StructuralStatistics:
     task_norm_b: Floats
     """‖τ_b‖ / ‖W_base‖."""
     sign_agreement: Floats
-    """Of the coordinates where neither τ is 0, the share where their signs are equal."""
+    """Of the coordinates where neither τ is 0, the share where their signs are equal. Overall, this and
+    `overlap` are means over the groups, weighed by their elements."""
     overlap: Floats
-    """Of the largest fifth of τ_a by magnitude, the share that is among the largest fifth of τ_b: what TIES
-    would see collide. Within a group; overall, the mean over groups weighed by their elements."""
+    """Of the largest fifth of either τ by magnitude, the share that both have in common, which is where TIES
+    sees them collide: coordinates that equal the least of it included, zeros not."""
     layer_norm_ratio: Floats
     """[..., 2]: mean and standard deviation of ln(‖W_a‖ / ‖W_b‖) over layers and roles."""
 
