@@ -21,7 +21,7 @@ from merge_core.digest import canonical, parse_canonical
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U32": "<u4", "U16": "<u2", "U8": "|u1"}
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "U32": "<u4", "U16": "<u2", "U8": "|u1"}
 _NAMES = {kind: name for name, kind in _DTYPES.items()}
 
 

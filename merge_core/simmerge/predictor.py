@@ -73,6 +73,16 @@ class Prediction:
         return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Settled:
+    """Whole numbers of 1/UNIT that do not depend on the machine."""
+
+    embedding: Integers
+    """int64[..., embedded]: what the first member hands to its heads, and a constant at the end."""
+    utility: Integers
+    """int64[..., operators]: the mean over members."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictor:
     """What was learned, and how its input is prepared; one that exists is sound."""
@@ -115,22 +125,34 @@ class Predictor:
         shares = [missing[..., list(columns)].mean(axis=-1) for columns in self.flags]
         return np.concatenate([known, *[share[..., None] for share in shares]], axis=-1)
 
-    def embed(self, values: npt.NDArray[Any], missing: Flags) -> Integers:
-        """int64[..., width]: what the first member hands to its heads, in 1/UNIT, and a constant at the end.
+    def settle(self, values: npt.NDArray[Any], missing: Flags) -> Settled:
+        """Embed and predict to the same whole numbers on every machine.
 
-        The same on every machine: products and sums in float64, one after the other in a fixed order, which
-        a library for matrices does not promise.
+        Products and sums in float64, one after the other in a fixed order, which a library for matrices does
+        not promise: slower than `predict`, and for records that machines have to add up alike.
         """
+        told = [
+            self._heads(self._embedded(values, missing, member), member) for member in range(self.members)
+        ]
+        total = told[0]
+        for other in told[1:]:
+            total = total + other
+        first = np.clip(self._embedded(values, missing, 0), -MAX_EMBEDDED, MAX_EMBEDDED)
+        whole = np.rint(first * UNIT).astype(np.int64)
+        constant = np.full((*whole.shape[:-1], 1), UNIT, np.int64)
+        return Settled(
+            embedding=np.concatenate([whole, constant], axis=-1),
+            utility=np.rint(np.clip(total / self.members, -1.0, 2.0) * UNIT).astype(np.int64),
+        )
+
+    def _embedded(self, values: npt.NDArray[Any], missing: Flags, member: int) -> Doubles:
         signal = self.inputs(values, missing)
         for layer in self.layers[:-1]:
-            weights, bias = layer.weights[0].astype(np.float64), layer.bias[0].astype(np.float64)
-            total = np.broadcast_to(bias, (*signal.shape[:-1], len(bias))).copy()
-            for column, row in enumerate(weights):
-                total += signal[..., column, None] * row
-            signal = np.maximum(total, 0.0)
-        bounded = np.clip(signal, -MAX_EMBEDDED, MAX_EMBEDDED)
-        whole = np.rint(bounded * UNIT).astype(np.int64)
-        return np.concatenate([whole, np.full((*whole.shape[:-1], 1), UNIT, np.int64)], axis=-1)
+            signal = np.maximum(_in_order(signal, layer, member), 0.0)
+        return signal
+
+    def _heads(self, signal: Doubles, member: int) -> Doubles:
+        return _in_order(signal, self.layers[-1], member)
 
     @property
     def members(self) -> int:
@@ -195,6 +217,14 @@ class Predictor:
 def default() -> Predictor:
     """The predictor that ships with weft, trained on the experts of its own catalogue (`make predictor`)."""
     return Predictor.parse(resources.files("merge_core.simmerge").joinpath(_DEFAULT).read_bytes())
+
+
+def _in_order(signal: Doubles, layer: Layer, member: int) -> Doubles:
+    """A layer of one member, its products added one column after the other."""
+    total: Doubles = layer.bias[member].astype(np.float64)
+    for column, row in enumerate(layer.weights[member].astype(np.float64)):
+        total = total + signal[..., column, None] * row
+    return total
 
 
 def _problem(predictor: Predictor) -> str | None:
