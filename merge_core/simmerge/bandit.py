@@ -145,7 +145,7 @@ class Bandit:
             "operators": sorted(sums),
             "records": sha256(canonical(self._records())),
         }
-        arrays = {}
+        arrays: dict[str, Integers] = {}
         for number, name in enumerate(sorted(sums)):
             arrays |= {f"a.{number}": sums[name].a, f"b.{number}": sums[name].b}
         return container.write(told, arrays, name=_METADATA)
@@ -185,6 +185,5 @@ class Bandit:
         """A⁻¹ and b, as numbers."""
         width, scale = self._predictor.embedded, float(UNIT * UNIT * _SHARE)
         known = sums or _Sums(np.zeros((width, width), np.int64), np.zeros(width, np.int64))
-        inverse: Doubles = np.linalg.inv(self._settings.prior * np.eye(width) + known.a / scale)
-        b: Doubles = known.b / scale
-        return inverse, b
+        inverse = np.linalg.inv(self._settings.prior * np.eye(width) + known.a / scale)
+        return inverse.astype(np.float64), (known.b / scale).astype(np.float64)
