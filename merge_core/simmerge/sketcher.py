@@ -45,10 +45,9 @@ from merge_core.simmerge.structure import (
     LayerNorms,
     Structure,
     grouped,
-    has_sketch,
     is_measured,
     layer_rows,
-    sample_size,
+    sampled,
 )
 
 Floats = npt.NDArray[np.float32]
@@ -87,14 +86,14 @@ class Sketcher:
         groups = grouped(tensors)
         if not groups:
             raise Unmergeable("the model has no floating-point tensor", hint="export it unquantised")
-        size, rows = sample_size(len(groups)), layer_rows(tensors)
+        rows = layer_rows(tensors)
         self._layers = {row: _Layer() for row in sorted(set(rows.values()))}
         self._groups: dict[GroupKey, _Group] = {}
         self._tensors: dict[str, _Tensor] = {}
         for key, names in groups.items():
             counts = [prod(tensors[name].shape) for name in names]
             shapes = sha256(canonical([[name, list(tensors[name].shape)] for name in names]))
-            group = self._groups[key] = _Group(shapes, sum(counts), size)
+            group = self._groups[key] = _Group(shapes, sum(counts), len(groups))
             for name, count, (coordinates, at) in zip(names, counts, group.parts(counts), strict=True):
                 row = rows.get(name)
                 layer = None if row is None else self._layers[row]
@@ -183,17 +182,22 @@ class _Layer:
 
     def told(self, layer: int, role: str) -> LayerNorms:
         norms = self.norms.told(f"layer {layer}")
-        return LayerNorms(layer=layer, role=role, elements=self.elements, **norms)
+        with np.errstate(over="ignore"):
+            rounded = {name: float(np.float32(value)) for name, value in norms.items()}
+        if not math.isfinite(rounded["l1"]):
+            raise _too_large(f"layer {layer}")
+        return LayerNorms(layer=layer, role=role, elements=self.elements, **rounded)
 
 
 class _Group:
     """Norms, limbs and the sample of one group."""
 
-    def __init__(self, shapes: Digest, elements: int, size: int) -> None:
+    def __init__(self, shapes: Digest, elements: int, groups: int) -> None:
+        size, has_sketch = sampled(elements, groups)
         self.shapes, self.elements = shapes, elements
         self.norms = _Norms()
-        self.limbs = np.zeros((2, WIDTH), np.int64) if has_sketch(elements, size) else None
-        self.coordinates = _coordinates(shapes, elements, min(size, elements))
+        self.limbs = np.zeros((2, WIDTH), np.int64) if has_sketch else None
+        self.coordinates = _coordinates(shapes, elements, size)
         self.sample: Floats = np.zeros(len(self.coordinates), np.float32)
 
     def parts(self, counts: Sequence[int]) -> list[tuple[npt.NDArray[np.int64], int]]:

@@ -27,12 +27,14 @@ from merge_core.simmerge.sketch import WIDTH
 
 Floats = npt.NDArray[np.float32]
 
-SAMPLE = 2048
-"""Coordinates of a sample; a group of no more elements is sampled whole, and has no sketch."""
-MAX_LAYER_ROWS = 512
+SAMPLE = 1792
+"""Coordinates of a sample, in a model of up to USUAL_GROUPS groups; of more, FEWER."""
+FEWER = 1024
+USUAL_GROUPS = 12
+"""What a decoder with a head of its own has. Structures of 190 KB leave 64 KiB for behaviour."""
+MAX_LAYER_ROWS = 256
 """Rows of layer norms; where a model has more, neighbouring layers share one."""
 
-_USUAL_GROUPS = 12
 _MAX_LAYER = 999_999
 _NO_SKETCH: Floats = np.zeros(0, np.float32)
 
@@ -104,12 +106,12 @@ class Group:
     sketch: Floats
     """float32[WIDTH], or empty where the sample is whole."""
     sample: Floats
-    """float32[min(elements, the sample's size)]: values of W in the order of the coordinates."""
+    """float32: values of W in the order of the coordinates; all of them where a sketch would take no less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerNorms:
-    """Norms of the tensors of one role in one layer, or in a run of layers from it on."""
+    """Norms of the tensors of one role in one layer, or in a run of layers from it on; float32 values."""
 
     layer: int
     role: str
@@ -140,12 +142,12 @@ class Structure:
         }
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """`norms` and `layers` float64[·, 3] of l1, l2, largest; `sketch` float32[·, WIDTH]; `sample`."""
+        """`norms` float64[·, 3] of l1, l2, largest; float32 `layers` alike, `sketch` [·, WIDTH], `sample`."""
         norms = [[group.l1, group.l2, group.largest] for group in self.groups]
         layers = [[row.l1, row.l2, row.largest] for row in self.layers]
         return {
             "norms": np.array(norms, np.float64).reshape(-1, 3),
-            "layers": np.array(layers, np.float64).reshape(-1, 3),
+            "layers": np.array(layers, np.float32).reshape(-1, 3),
             "sketch": np.concatenate([group.sketch for group in self.groups]).reshape(-1, WIDTH),
             "sample": np.concatenate([group.sample for group in self.groups]),
         }
@@ -175,14 +177,13 @@ class Structure:
         )
 
 
-def sample_size(groups: int) -> int:
-    """How many coordinates of each group are sampled where there are so many groups, to fit the budget."""
-    return SAMPLE if groups <= _USUAL_GROUPS else SAMPLE // 2
+def sampled(elements: int, groups: int) -> tuple[int, bool]:
+    """How many coordinates of a group are sampled, in a structure of `groups`, and whether it has a sketch.
 
-
-def has_sketch(elements: int, sample: int) -> bool:
-    """Whether a group of so many elements has a sketch: not where its sample is whole."""
-    return elements > sample
+    One that takes no more than sample and sketch together is sampled whole, and needs no sketch.
+    """
+    size = SAMPLE if groups <= USUAL_GROUPS else FEWER
+    return (elements, False) if elements <= size + WIDTH else (size, True)
 
 
 def first_difference(advertised: Structure, computed: Structure) -> str | None:
@@ -252,14 +253,12 @@ def _shaped(
     arrays: Mapping[str, npt.NDArray[Any]], heads: Sequence[_Head], layers: int
 ) -> Mapping[str, npt.NDArray[Any]]:
     """The arrays, which have exactly the types and shapes that the heads call for, and no bad number."""
-    size = sample_size(len(heads))
-    sketched = sum(has_sketch(head.elements, size) for head in heads)
-    sampled = sum(min(head.elements, size) for head in heads)
+    sizes = [sampled(head.elements, len(heads)) for head in heads]
     expected: dict[str, tuple[type, tuple[int, ...]]] = {
         "norms": (np.float64, (len(heads), 3)),
-        "layers": (np.float64, (layers, 3)),
-        "sketch": (np.float32, (sketched, WIDTH)),
-        "sample": (np.float32, (sampled,)),
+        "layers": (np.float32, (layers, 3)),
+        "sketch": (np.float32, (sum(has_sketch for _, has_sketch in sizes), WIDTH)),
+        "sample": (np.float32, (sum(size for size, _ in sizes),)),
     }
     if {name: (array.dtype.type, array.shape) for name, array in arrays.items()} != expected:
         raise ValueError("arrays of other types or shapes than the groups have")
@@ -271,9 +270,9 @@ def _shaped(
 
 
 def _groups(heads: Sequence[_Head], arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Group, ...]:
-    size, groups, sketches, at = sample_size(len(heads)), [], iter(arrays["sketch"]), 0
+    groups, sketches, at = [], iter(arrays["sketch"]), 0
     for head, (l1, l2, largest) in zip(heads, arrays["norms"].tolist(), strict=True):
-        count = min(head.elements, size)
+        count, has_sketch = sampled(head.elements, len(heads))
         groups.append(
             Group(
                 key=head.key,
@@ -282,7 +281,7 @@ def _groups(heads: Sequence[_Head], arrays: Mapping[str, npt.NDArray[Any]]) -> t
                 l1=l1,
                 l2=l2,
                 largest=largest,
-                sketch=next(sketches) if has_sketch(head.elements, size) else _NO_SKETCH,
+                sketch=next(sketches) if has_sketch else _NO_SKETCH,
                 sample=arrays["sample"][at : at + count],
             )
         )

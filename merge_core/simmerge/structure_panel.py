@@ -1,4 +1,4 @@
-"""The StructurePanel: structures side by side, so that statistics of thousands of pairs are estimated at once.
+"""The StructurePanel: structures side by side, so that thousands of pairs are estimated at once.
 
     panel = StructurePanel(structures, base=base)
     panel.pairs([0])          # StructuralStatistics [1, N, …]: the first with each, as ordered pairs

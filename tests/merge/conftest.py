@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
+from merge_core.checkpoint.source import TensorInfo
 from merge_core.execute import Material
 from merge_core.plan import MergePlan
 from merge_core.recipe import parse
 from merge_core.resolve import draft, header_of
 
 if TYPE_CHECKING:
-    from merge_core.zoo import Zoo
+    from merge_core.zoo.build import Zoo
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,6 +53,34 @@ def weights() -> Callable[..., torch.Tensor]:
         return torch.from_numpy(values.reshape(shape)).to(dtype)
 
     return draw
+
+
+class Held:
+    """Arrays in memory as a TensorSource; uint16 arrays are the bits of bfloat16."""
+
+    DTYPES: ClassVar = {
+        "float16": "F16",
+        "float32": "F32",
+        "float64": "F64",
+        "int64": "I64",
+        "uint16": "BF16",
+    }
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = dict(sorted(arrays.items()))
+        self.tensors = {
+            name: TensorInfo(dtype=self.DTYPES[str(array.dtype)], shape=array.shape)
+            for name, array in self._arrays.items()
+        }
+
+    def read(self, tensor: str, offset: int, length: int, into: memoryview | None = None) -> bytes:
+        return self._arrays[tensor].tobytes()[offset : offset + length]
+
+
+@pytest.fixture
+def held() -> type[Held]:
+    """`held({"model.norm.weight": array})`: weights in memory, to be read as those of a checkpoint are."""
+    return Held
 
 
 @pytest.fixture
@@ -96,7 +125,7 @@ def sealed() -> Iterator[Callable[..., tuple[MergePlan, list[Material]]]]:
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """The fixture size, seed 0: about 15 CPU seconds, once for all test processes; only to be read."""
-    from merge_core.zoo import build  # brings transformers, which few tests need
+    from merge_core.zoo.build import build  # brings transformers, which few tests need
 
     root = tmp_path_factory.getbasetemp()
     shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
