@@ -123,7 +123,8 @@ class Behaviour:
         vocabulary = seen.logp.shape[1]
         ids, rest, entropy = zip(*(_summary(row, min(TOP, vocabulary)) for row in seen.logp), strict=True)
         top = np.stack(ids)
-        squares = np.square(seen.hidden.reshape(len(seen.hidden), -1)).mean(axis=1, dtype=np.float64)
+        hidden = _sketched("hidden", seen.hidden, _HIDDEN_BYTES)
+        squares = [np.square(layer).mean(dtype=np.float64) for layer in seen.hidden[: len(hidden)]]
         return cls(
             probes=seen.probes,
             tokenizer=seen.tokenizer,
@@ -136,7 +137,7 @@ class Behaviour:
             rest=np.array(rest, np.float16),
             entropy=np.array(entropy, np.float16),
             bits_per_byte=seen.bits_per_byte,
-            hidden=_sketched("hidden", seen.hidden, _HIDDEN_BYTES),
+            hidden=hidden,
             hidden_norm=np.sqrt(squares).astype(np.float32),
             attention=_sketched("attention", seen.attention, _ATTENTION_BYTES),
         )
@@ -210,11 +211,11 @@ def _summary(logp: Float32, count: int) -> tuple[npt.NDArray[np.int64], float, f
 
 def _sketched(what: str, layers: Float32, budget: int) -> Float16:
     """[L, …] to float16[L, w]: each layer divided by its length, as wide as the budget allows."""
-    count, size = len(layers), layers[0].size if len(layers) else 0
+    count = len(layers)
     width = next((w for w in _WIDTHS if 2 * count * w <= budget), 0)
-    if count > _MAX_LAYERS or not width:
+    if not layers.size or not width:
         return np.zeros((0, 0), np.float16)
-    buckets, signs = _hashes(what, size)
+    buckets, signs = _hashes(what, layers[0].size)
     found = np.zeros((count, width))
     for sketch, layer in zip(found, layers.reshape(count, -1), strict=True):
         length = np.sqrt(np.square(layer).sum(dtype=np.float64)) or 1.0
