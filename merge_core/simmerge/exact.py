@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from merge_core.checkpoint import dtypes
 from merge_core.checkpoint.source import TensorSource
-from merge_core.simmerge.products import Products, log_ratio, statistics
+from merge_core.simmerge.products import Products, log_ratio, logarithms, statistics
 from merge_core.simmerge.sketch import as_stored, widened
 from merge_core.simmerge.statistics import Floats, StructuralStatistics, kept
 from merge_core.simmerge.structure import GROUPS, GroupKey, grouped, layer_rows
@@ -185,5 +185,5 @@ def _by_layer(a: TensorSource, b: TensorSource, squares: Mapping[str, tuple[floa
     sums = {row: np.zeros(2) for row in rows.values()}
     for name, row in rows.items():
         sums[row] += squares[name]
-    norms = np.sqrt(np.array(list(sums.values())))
-    return log_ratio(norms[:, 0], norms[:, 1])
+    logs = logarithms(np.sqrt(np.array(list(sums.values())).reshape(-1, 2)))
+    return log_ratio(logs[:, 0], logs[:, 1])

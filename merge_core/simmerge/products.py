@@ -59,14 +59,19 @@ def statistics(products: Products, layer_norm_ratio: Floats) -> StructuralStatis
         )
 
 
-def log_ratio(layers_a: Floats, layers_b: Floats) -> Floats:
-    """[..., 2]: mean and standard deviation of ln(a / b) over layer norms [..., R]; zeros are left out."""
-    counted = (layers_a > 0) & (layers_b > 0)
-    count = counted.sum(axis=-1)
+def logarithms(norms: Floats) -> Floats:
+    """NaN of zero: such a layer says nothing of a ratio."""
+    return np.log(np.where(norms > 0, norms, np.nan))
+
+
+def log_ratio(logs_a: Floats, logs_b: Floats) -> Floats:
+    """[..., 2]: mean and standard deviation of ln(a / b) over layers [..., R], of those that both have."""
+    ratio = logs_a - logs_b
+    known = ~np.isnan(ratio)
+    count = known.sum(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.where(counted, np.log(layers_a) - np.log(layers_b), 0.0)
-        mean = logs.sum(axis=-1) / count
-        spread = np.where(counted, logs - mean[..., None], 0.0)
+        mean = np.where(known, ratio, 0.0).sum(axis=-1) / count
+        spread = np.where(known, ratio - mean[..., None], 0.0)
         return np.stack([mean, np.sqrt((spread * spread).sum(axis=-1) / count)], axis=-1)
 
 

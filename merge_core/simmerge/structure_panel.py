@@ -16,11 +16,63 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.simmerge.products import Products, log_ratio, statistics
+from merge_core.simmerge.products import Products, log_ratio, logarithms, statistics
 from merge_core.simmerge.statistics import Floats, StructuralStatistics, kept
 from merge_core.simmerge.structure import GROUPS, Group, Structure
 
 Words = npt.NDArray[np.uint64]
+
+
+class StructurePanel:
+    """N structures that can be compared with each other, and with their base where it is known."""
+
+    def __init__(self, structures: Sequence[Structure], *, base: Structure | None = None) -> None:
+        by_key = [{group.key: group for group in structure.groups} for structure in structures]
+        origin = {group.key: group for group in base.groups} if base else {}
+        columns = [_column([groups.get(key) for groups in by_key], origin.get(key)) for key in GROUPS]
+        self._shape, self._based, self._elements, self._norms, self._squares, self._lengths, self._tops = (
+            np.stack([getattr(column, name) for column in columns], axis=-1)
+            for name in ("shape", "based", "elements", "norms", "squares", "lengths", "tops")
+        )
+        self._columns = columns
+        self._base_norms = np.array([origin[key].l2 if key in origin else np.nan for key in GROUPS])
+        self._layers, self._layouts = _layers(structures)
+
+    def pairs(self, rows: Sequence[int]) -> StructuralStatistics:
+        """Statistics of (i, j) for every i of `rows` and every j of the panel: [rows, N, …].
+
+        Many rows at once take less time for each.
+        """
+        chosen = np.asarray(rows, np.int64)
+        same = self._layouts[chosen][:, None] == self._layouts[None, :]
+        ratio = log_ratio(self._layers[chosen][:, None], self._layers[None, :])
+        return statistics(self._products(chosen), np.where(same[..., None], ratio, np.nan))
+
+    def _products(self, rows: npt.NDArray[np.int64]) -> Products:
+        seen = [_seen(column, rows) for column in self._columns]
+        inner, both, differ, shared = (np.stack(found, axis=-1) for found in zip(*seen, strict=True))
+        alike = (self._shape[rows][:, None] == self._shape) & (self._shape[rows] >= 0)[:, None]
+        based = alike & self._based[rows][:, None]
+        unknown, unbased = np.where(alike, 0.0, np.nan), np.where(based, 0.0, np.nan)
+        a, b = self._lengths[rows][:, None], self._lengths
+        apart = np.maximum(a + b - 2 * inner, 0.0)
+        tops = self._tops[rows][:, None] + self._tops
+        top = (self._tops[rows][:, None] > 0) & (self._tops > 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return Products(
+                elements=unknown + self._elements,
+                square_a=unknown + self._squares[rows][:, None],
+                square_b=unknown + self._squares,
+                apart=unknown + apart,
+                norm_a=unknown + self._norms[rows][:, None],
+                norm_b=unknown + self._norms,
+                task_square_a=unbased + a,
+                task_square_b=unbased + b,
+                task_apart=unbased + apart,
+                norm_base=unbased + self._base_norms,
+                sign_agreement=unbased + np.where(both > 0, 1 - differ / both, np.nan),
+                overlap=unbased + np.where(top, 2 * shared / tops, np.nan),
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,36 +87,18 @@ class _Column:
     norms: Floats
     squares: Floats
     """[N]: ‖W‖² as the sketch sees it."""
-    base_norm: float
     differences: npt.NDArray[np.float32]
     """[N, k]: sketches of W − W_reference."""
     lengths: Floats
     """[N]: their squared norms."""
     positive: Words
-    """[N, words]: bit by bit, which sampled coordinates are above the reference's."""
+    """[words, N]: bit by bit, which sampled coordinates are above the reference's."""
     changed: Words
-    """[N, words]: which are not equal to it."""
+    """[words, N]: which are not equal to it."""
     top: Words
-    """[N, words]: which are of the largest fifth of the differences."""
-
-
-class StructurePanel:
-    """N structures that can be compared with each other, and with their base where it is known."""
-
-    def __init__(self, structures: Sequence[Structure], *, base: Structure | None = None) -> None:
-        by_key = [{group.key: group for group in structure.groups} for structure in structures]
-        origin = {group.key: group for group in base.groups} if base else {}
-        self._columns = [_column([groups.get(key) for groups in by_key], origin.get(key)) for key in GROUPS]
-        self._layers, self._layouts = _layers(structures)
-
-    def pairs(self, rows: Sequence[int]) -> StructuralStatistics:
-        """Statistics of (i, j) for every i of `rows` and every j of the panel: [rows, N, …]."""
-        chosen = np.asarray(rows, np.int64)
-        found = [_products(column, chosen) for column in self._columns]
-        stacked = {name: np.stack([part[name] for part in found], axis=-1) for name in found[0]}
-        same = self._layouts[chosen][:, None] == self._layouts[None, :]
-        ratio = log_ratio(self._layers[chosen][:, None], self._layers[None, :])
-        return statistics(Products(**stacked), np.where(same[..., None], ratio, np.nan))
+    """[words, N]: which are of the largest fifth of the differences."""
+    tops: Floats
+    """[N]: how many these are."""
 
 
 def _column(groups: Sequence[Group | None], base: Group | None) -> _Column:
@@ -83,53 +117,33 @@ def _column(groups: Sequence[Group | None], base: Group | None) -> _Column:
             differences[row, : len(own)] = own - _projection(reference)
             sampled[row, : len(group.sample)] = group.sample - reference.sample
             squares[row], elements[row], norms[row] = _square(own), group.elements, group.l2
-    counts = np.array([len(group.sample) if group else 0 for group in groups])
+    top = _largest(np.abs(sampled), np.array([len(group.sample) if group else 0 for group in groups]))
     return _Column(
         shape=np.array([classes[group.shapes] if group else -1 for group in groups], np.int64),
         based=np.array([bool(group and base and group.shapes == base.shapes) for group in groups]),
         elements=elements,
         norms=norms,
         squares=squares,
-        base_norm=base.l2 if base else np.nan,
         differences=differences,
         lengths=np.array([_square(row) for row in differences]),
         positive=_packed(sampled > 0),
         changed=_packed(sampled != 0),
-        top=_packed(_largest(np.abs(sampled), counts)),
+        top=_packed(top),
+        tops=top.sum(axis=1).astype(np.float64),
     )
 
 
-def _products(column: _Column, rows: npt.NDArray[np.int64]) -> dict[str, Floats]:
-    """The fields of Products for one group: [rows, N] each."""
-    alike = (column.shape[rows][:, None] == column.shape) & (column.shape[rows] >= 0)[:, None]
-    based = alike & column.based[rows][:, None]
+def _seen(column: _Column, rows: npt.NDArray[np.int64]) -> tuple[Floats, Floats, Floats, Floats]:
+    """[rows, N] each: the product of differences; of the sampled coordinates how many changed in both, in
+    how many of these the signs differ, and how many are of the largest in both."""
     inner = (column.differences[rows] @ column.differences.T).astype(np.float64)
-    a, b = column.lengths[rows][:, None], column.lengths[None, :]
-    apart = np.maximum(a + b - 2 * inner, 0.0)
-    changed = column.changed[rows][:, None] & column.changed
-    both, differ = _count(changed), _count((column.positive[rows][:, None] ^ column.positive) & changed)
-    tops = _count(column.top)
-    shared = _count(column.top[rows][:, None] & column.top)
-    fewer = np.minimum(tops[rows][:, None], tops)
-
-    def known(values: npt.ArrayLike, where: npt.NDArray[np.bool_] = alike) -> Floats:
-        return np.where(where, np.asarray(values, np.float64), np.nan)
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {
-            "elements": known(column.elements[None, :]),
-            "square_a": known(column.squares[rows][:, None]),
-            "square_b": known(column.squares[None, :]),
-            "apart": known(apart),
-            "norm_a": known(column.norms[rows][:, None]),
-            "norm_b": known(column.norms[None, :]),
-            "task_square_a": known(a, based),
-            "task_square_b": known(b, based),
-            "task_apart": known(apart, based),
-            "norm_base": known(column.base_norm, based),
-            "sign_agreement": known(1 - differ / both, based & (both > 0)),
-            "overlap": known(shared / (tops[rows][:, None] + tops) * 2, based & (fewer > 0)),
-        }
+    counts = np.zeros((3, *inner.shape))
+    for at, row in enumerate(rows.tolist()):
+        changed = column.changed[:, row, None] & column.changed
+        counts[0, at] = _count(changed)
+        counts[1, at] = _count((column.positive[:, row, None] ^ column.positive) & changed)
+        counts[2, at] = _count(column.top[:, row, None] & column.top)
+    return inner, counts[0], counts[1], counts[2]
 
 
 def _projection(group: Group) -> npt.NDArray[np.float32]:
@@ -153,19 +167,21 @@ def _square(vector: npt.NDArray[np.float32]) -> float:
 
 
 def _packed(bits: npt.NDArray[np.bool_]) -> Words:
+    """[N, coordinates] to [words, N]."""
     padded = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 64)))
-    return np.packbits(padded, axis=1).view(np.uint64)
+    return np.ascontiguousarray(np.packbits(padded, axis=1).view(np.uint64).T)
 
 
-def _count(words: Words) -> Floats:
-    return np.asarray(np.bitwise_count(words).sum(axis=-1), np.float64)
+def _count(words: Words) -> npt.NDArray[np.uint16]:
+    """How many bits are set in each column: a sample has fewer than 2^16."""
+    return np.asarray(np.bitwise_count(words).sum(axis=0, dtype=np.uint16))
 
 
 def _layers(structures: Sequence[Structure]) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """l2 by layer and role [N, R], and a number for each layout: rows of equal numbers can be compared."""
+    """ln l2 by layer and role [N, R], and a number for each layout: rows of equal numbers can be compared."""
     keys = [tuple((row.layer, row.role, row.elements) for row in one.layers) for one in structures]
     numbers = {layout: number for number, layout in enumerate(dict.fromkeys(keys))}
     norms = np.zeros((len(structures), max(map(len, keys), default=0)))
     for at, one in enumerate(structures):
         norms[at, : len(one.layers)] = [row.l2 for row in one.layers]
-    return norms, np.array([numbers[layout] for layout in keys], np.int64)
+    return logarithms(norms), np.array([numbers[layout] for layout in keys], np.int64)
