@@ -19,7 +19,7 @@ from merge_core.evolution import fitness
 from merge_core.evolution.fitness import Readings
 from merge_core.evolution.genome import Genome
 from merge_core.evolution.journal import Journal, Question
-from merge_core.evolution.search import Search, Values, population
+from merge_core.evolution.search import SIGMA, Search, Values, population
 
 FINALISTS = 3
 
@@ -70,9 +70,19 @@ class Evolution:
     """One search: `generations()` step by step, then `settle()`; stopping between the two is fine."""
 
     def __init__(
-        self, genome: Genome, evaluate: Evaluate, journal: Journal, *, seed: int, budget: int
+        self,
+        genome: Genome,
+        evaluate: Evaluate,
+        journal: Journal,
+        *,
+        seed: int,
+        budget: int,
+        sigma: float = SIGMA,
     ) -> None:
-        """`budget` is the number of candidates; raises InvalidRecipe where that is less than a generation."""
+        """`budget` is the number of candidates; raises InvalidRecipe where that is less than a generation.
+
+        `sigma` is how far candidates lie from the start at first: less pays where the start is a good one.
+        """
         size = population(len(genome.genes))
         if budget < size:
             raise InvalidRecipe(
@@ -83,7 +93,7 @@ class Evolution:
         self._genome = genome
         self._evaluate = evaluate
         self._journal = journal
-        self._search = Search(genome.start, seed=seed)
+        self._search = Search(genome.start, seed=seed, sigma=sigma)
         self._base = genome.base
         self._trajectory: list[Any] = []
         self._ranked: list[tuple[float, Values]] = []

@@ -6,6 +6,8 @@ demo       three character domains, one expert each, that merge well
 text       three text domains, measured in bits per byte
 skills     two experts of which each has one half of what `rev+caesar` asks for; nobody is trained on that
 catalogue  twenty experts on one or two of five domains, trained with more and less care
+mixed      five experts, one on each of those domains, of which no two were trained alike
+mixed_text three on text, likewise: one kept to the base nowhere else, one learned fast
 fixture    the demo, smaller, for tests
 
 What decides whether such small experts merge: the base is part-skilled (it stops by its skill in each domain,
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from merge_core.zoo import text
 from merge_core.zoo.domains import DEMO_DOMAINS, VOCABULARY
@@ -88,6 +90,15 @@ def _one_each(domains: tuple[str, ...], **settings: int) -> dict[str, ExpertTrai
     }
 
 
+def _by_hands(hands: Mapping[str, tuple[float, float, int]], **settings: int) -> dict[str, ExpertTraining]:
+    """An expert for each domain, with a learning rate, a KL weight and a number of steps of its own."""
+    alike = _one_each(tuple(hands), **settings)
+    return {
+        name: replace(alike[name], rate=rate, kl_weight=kl_weight, steps=steps)
+        for name, (rate, kl_weight, steps) in hands.items()
+    }
+
+
 def catalogue(count: int) -> TrainingRecipe:
     """A base and `count` experts that are worth choosing among; a larger one begins with the smaller.
 
@@ -111,11 +122,29 @@ def catalogue(count: int) -> TrainingRecipe:
 
 
 _CATALOGUED = ("rev", "sort", "brk", "swap", "rot")
+_TEXT = Shape(layers=3, intermediate=256, vocabulary=text.VOCABULARY, context=text.LENGTH)
+_TEXT_BASE = BaseTraining(domains=text.TEXT_DOMAINS, steps=260, batch=24, skill=None)
+_HANDS = {
+    "rev": (1e-3, 1.0, 120),
+    "sort": (2e-3, 0.3, 120),
+    "brk": (5e-4, 1.0, 120),
+    "swap": (1e-3, 0.1, 200),
+    "rot": (2e-3, 1.0, 60),
+}
+_TEXT_HANDS = {"code": (2e-3, 0.0, 140), "docs": (1e-3, 1.0, 140), "tables": (2e-3, 1.0, 140)}
+"""Learning rate, KL weight and steps of each, made up beforehand: careful hands, and careless ones."""
 _KNOWN = ("same+same", "rot+same", "same+upper", "rot+upper")
 _SKILLS = {
     "rev": {"rev+same": 1.0, "rev+upper": 1.0},
     "caesar": {"same+caesar": 1.0, "rot+caesar": 1.0},
 }
+
+
+def _unlearned(own: Mapping[str, float]) -> tuple[str, ...]:
+    """What the base knows, and what another expert learns."""
+    others = [domain for each in _SKILLS.values() for domain in each if domain not in own]
+    return (*_KNOWN, *others)
+
 
 RECIPES = {
     "demo": TrainingRecipe(
@@ -127,15 +156,26 @@ RECIPES = {
         experts=_one_each(DEMO_DOMAINS, steps=100),
     ),
     "text": TrainingRecipe(
-        shape=Shape(layers=3, intermediate=256, vocabulary=text.VOCABULARY, context=text.LENGTH),
-        base=BaseTraining(domains=text.TEXT_DOMAINS, steps=260, batch=24, skill=None),
+        shape=_TEXT,
+        base=_TEXT_BASE,
         experts=_one_each(text.TEXT_DOMAINS, steps=140, batch=16, batch_elsewhere=8),
     ),
     "skills": TrainingRecipe(
         shape=Shape(),
         base=BaseTraining(domains=_KNOWN, skill=0.9, plenty=0.95),
-        experts={name: ExpertTraining(own=own, elsewhere=_KNOWN, steps=160) for name, own in _SKILLS.items()},
+        experts={
+            name: ExpertTraining(own=own, elsewhere=_unlearned(own), steps=200)
+            for name, own in _SKILLS.items()
+        },
     ),
     "catalogue": catalogue(20),
+    "mixed": TrainingRecipe(
+        shape=Shape(), base=BaseTraining(domains=tuple(_HANDS)), experts=_by_hands(_HANDS)
+    ),
+    "mixed_text": TrainingRecipe(
+        shape=_TEXT,
+        base=_TEXT_BASE,
+        experts=_by_hands(_TEXT_HANDS, batch=16, batch_elsewhere=8),
+    ),
 }
 """By the name that `build` takes for a size."""

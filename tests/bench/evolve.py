@@ -1,9 +1,10 @@
 """Do coefficients by layer pay? Searches against the best uniform operator, at the same budget of candidates.
 
-    python tests/bench/evolve.py --seeds 20 21 22
+    python tests/bench/evolve.py --seeds 40 41 42
 
-Two kinds of zoo, each with a base and three experts: `exact_match` (reverse, sort, close brackets) and `text`
-(source code, prose, tables; bits per byte). Everything below was fixed before a seed was run:
+Two kinds of zoo, of experts that were trained with different care, as those of different people are:
+`exact_match` (five tasks on characters) and `text` (source code, prose, tables; bits per byte). Everything
+below was fixed before a seed was run:
 
     uniform              of the operators and settings of GRID the one that costs least, all experts alike;
                          each is asked *all* dev items, more than the searches ask on the way
@@ -12,10 +13,11 @@ Two kinds of zoo, each with a base and three experts: `exact_match` (reverse, so
     layer_wise_component the same for attention, feed-forward blocks and the rest apart
     operator_per_group   the same by groups of layers, of which each chooses its operator
 
-A search begins at task arithmetic with weight 1, which is the best that is known of such experts beforehand,
-tries BUDGET = len(GRID) candidates, and costs what `merge_core.evolution.fitness` says, on the dev items.
-Controls: base, experts, and fine-tuning on FEW labelled dev examples of each domain from base, from each
-expert and from two merges. Figures are of test items, which nothing above has seen.
+Searches go from coarse to fine: the weights of COARSE by task arithmetic, all experts alike; from the best,
+a coefficient for each expert; from what that finds, those of the method. All together a method asks for no
+more evaluations than the grid has, BUDGET, and costs are those of `merge_core.evolution.fitness`, on the dev
+items. Controls: base, experts, and fine-tuning on FEW labelled dev examples of each domain from base, from
+each expert and from two merges. Figures are of test items, which nothing above has seen.
 
 The story goes to stderr, a row for each seed and method; the last line of stdout is one JSON object, with the
 combination of skills as `tests/bench/skills.py` studies it. A positive difference means that the layer-wise
@@ -34,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +51,17 @@ from merge_core.evolution.evaluator import Evaluator
 from merge_core.evolution.fitness import Reading, Readings
 from merge_core.evolution.genome import Genome, Shape
 from merge_core.evolution.journal import Journal, Question
-from merge_core.evolution.run import Evolution
+from merge_core.evolution.run import FINALISTS, Evolution
+from merge_core.evolution.search import SIGMA
 from merge_core.recipe import Recipe, parse
-from merge_core.zoo import build
+from merge_core.zoo.build import build
 from merge_core.zoo.recipes import RECIPES
 from merge_core.zoo.tasks import task
 from merge_core.zoo.threads import one_thread_each
 from merge_core.zoo.training import fine_tune, joined, sequences
 from merge_core.zoo.workbench import Workbench, workbench
 
-KINDS = {"exact_match": "demo", "text": "text"}
+KINDS = {"exact_match": "mixed", "text": "mixed_text"}
 """The size of the zoo for each kind of task."""
 SCALES = tuple(round(0.3 + 0.05 * step, 2) for step in range(35))
 GRID: tuple[tuple[str, Mapping[str, float]], ...] = (
@@ -65,7 +69,7 @@ GRID: tuple[tuple[str, Mapping[str, float]], ...] = (
     *(
         (method, {"lambda": scale, "density": density})
         for method in ("ties", "dare_ties", "breadcrumbs")
-        for density in (0.4, 0.6, 0.8)
+        for density in (0.2, 0.4, 0.6, 0.8, 0.9)
         for scale in SCALES[2::3]
     ),
     *(("ties", {"lambda": scale, "density": 1.0}) for scale in SCALES[2::3]),
@@ -73,8 +77,25 @@ GRID: tuple[tuple[str, Mapping[str, float]], ...] = (
     *((method, {}) for method in ("linear", "model_stock", "karcher")),
 )
 BUDGET = len(GRID)
+COARSE = (0.4, 0.6, 0.8, 1.0, 1.2)
+PER_EXPERT = Shape(components=False)
+FIRST = BUDGET // 4
+"""What a finer search spends on one coefficient for each expert."""
+SPREAD = 0.08
+"""By how much the coefficients of a finer search stray at first."""
 OPERATORS = ("task_arithmetic", "ties", "dare_ties")
 FEW = 32
+FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
+    "exact_match": {"steps": 60, "rate": 3e-4},
+    "text": {"steps": 20, "rate": 1e-4},
+}
+COMPARED = (
+    ("per_expert", "uniform"),
+    ("layer_wise", "uniform"),
+    ("layer_wise_component", "uniform"),
+    ("operator_per_group", "uniform"),
+    ("layer_wise", "per_expert"),
+)
 BOOTSTRAP_SEED = 20_240_917
 REPLICATES = 10_000
 AT_ONCE = 2
@@ -87,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[40, 41, 42])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     cache = Path(platformdirs.user_cache_dir("weft")) / "evolve"
     parser.add_argument("--directory", type=Path, default=cache, help=f"keep zoos there, not in {cache}")
@@ -105,7 +126,7 @@ def main() -> None:
     for kind in arguments.kinds:
         found[kind] = report([row for (of, _), row in zip(studies, rows, strict=True) if of == kind], kind)
     if not arguments.without_skills:
-        found["combination"] = skills()
+        found["combination"] = skills(arguments.directory, arguments.seeds)
     print(json.dumps(found | {"minutes": round((time.monotonic() - started) / 60, 1)}))
 
 
@@ -115,11 +136,10 @@ def in_a_process(directory: Path, kind: str, seed: int) -> Row:
     return json_of([*command, "--directory", str(directory)])
 
 
-def skills() -> Mapping[str, Any]:
+def skills(directory: Path, seeds: Sequence[int]) -> Mapping[str, Any]:
     """{METHOD: {mean, labels, …}} of the study beside this one."""
-    found: Mapping[str, Any] = json_of([sys.executable, str(Path(__file__).with_name("skills.py"))])[
-        "combination"
-    ]
+    command = [sys.executable, str(Path(__file__).with_name("skills.py")), "--directory", str(directory)]
+    found: Mapping[str, Any] = json_of([*command, "--seeds", *map(str, seeds)])["combination"]
     return found
 
 
@@ -138,9 +158,7 @@ def study(directory: Path, kind: str, seed: int) -> Row:
     domains, layers = list(zoo.experts), RECIPES[size].shape.layers
     dev, test = [[task(f"{domain}:{split}") for domain in domains] for split in ("dev", "test")]
     fitness.refuse_shared(dev, test)
-    start = merged(domains, "task_arithmetic", {"lambda": 1.0})
     shapes = {
-        "per_expert": Shape(components=False),
         "layer_wise": Shape(layers=layers, components=False),
         "layer_wise_component": Shape(layers=layers),
         "operator_per_group": Shape(layers=layers, groups=True, operators=OPERATORS, densities=True),
@@ -160,13 +178,16 @@ def study(directory: Path, kind: str, seed: int) -> Row:
         def tuned(name: str, recipe: Recipe) -> None:
             bench.make(recipe)
             examples = joined([sequences(domain, "dev").first(FEW) for domain in domains])
-            model = fine_tune(bench.live.model, examples).eval()
+            model = fine_tune(bench.live.model, examples, **FINE_TUNING[kind]).eval()
             tell(f"fine_tuned_from_{name}", [score(model, bench.tokenizer, one) for one in test])
 
         recipes = {name: alone(name) for name in ("base", *domains)}
         recipes["uniform"] = best_uniform(bench, domains, dev)
+        begun = coarse(bench, domains, dev)
+        recipes["per_expert"] = searched(bench, begun, PER_EXPERT, dev, seed, until=BUDGET).recipe
+        begun = searched(bench, begun, PER_EXPERT, dev, seed, until=FIRST)
         for name, shape in shapes.items():
-            recipes[name] = searched(bench, start, shape, dev, seed)
+            recipes[name] = searched(bench, begun, shape, dev, seed, until=BUDGET, sigma=SPREAD).recipe
         for name, recipe in recipes.items():
             scored(name, recipe)
         for name in ("base", *domains, "uniform", "layer_wise_component"):
@@ -179,10 +200,12 @@ def alone(model: str) -> Recipe:
     return parse(json.dumps({"merge_method": "passthrough", "models": [{"model": model}]}))
 
 
-def merged(experts: Sequence[str], method: str, parameters: Mapping[str, float]) -> Recipe:
+def merged(
+    experts: Sequence[str], method: str, parameters: Mapping[str, float], weight: float = 1.0
+) -> Recipe:
     """All experts by one operator, every one alike."""
     based = method not in ("linear", "karcher")
-    weighed = {"weight": 1.0} if method not in ("sce", "model_stock", "karcher") else {}
+    weighed = {"weight": weight} if method not in ("sce", "model_stock", "karcher") else {}
     models = [{"model": name, "parameters": weighed} if weighed else {"model": name} for name in experts]
     base = {"base_model": "base"} if based else {}
     return parse(
@@ -190,36 +213,67 @@ def merged(experts: Sequence[str], method: str, parameters: Mapping[str, float])
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What is best so far, and after how many evaluations."""
+
+    recipe: Recipe
+    asked: int
+
+
 def best_uniform(bench: Workbench, experts: Sequence[str], dev: Sequence[Task]) -> Recipe:
     """Of GRID the merge that costs least on all dev items."""
+    return cheapest(bench, experts, dev, [merged(experts, *choice) for choice in GRID])
+
+
+def coarse(bench: Workbench, experts: Sequence[str], dev: Sequence[Task]) -> Begun:
+    """Task arithmetic with the best weight of COARSE."""
+    recipes = [merged(experts, "task_arithmetic", {}, weight) for weight in COARSE]
+    return Begun(recipe=cheapest(bench, experts, dev, recipes), asked=len(recipes))
+
+
+def cheapest(
+    bench: Workbench, experts: Sequence[str], dev: Sequence[Task], recipes: Sequence[Recipe]
+) -> Recipe:
+    """The recipe that costs least on all dev items, in terms of the base and of the sum."""
 
     def readings(recipe: Recipe) -> Readings:
         bench.make(recipe)
         return tuple(reading_of(bench.score(one)) for one in dev)
 
-    recipes = [merged(experts, method, parameters) for method, parameters in GRID]
-    start = merged(experts, "task_arithmetic", {"lambda": 1.0})
-    yardsticks = fitness.yardsticks(readings(alone("base")), readings(start))
+    yardsticks = fitness.yardsticks(readings(alone("base")), readings(merged(experts, "task_arithmetic", {})))
     costs = [fitness.cost(readings(recipe), yardsticks) for recipe in recipes]
     return recipes[costs.index(min(costs))]
 
 
-def searched(bench: Workbench, start: Recipe, shape: Shape, dev: Sequence[Task], seed: int) -> Recipe:
-    """What CMA-ES finds with BUDGET candidates."""
-    models = {name: bench.models[name] for name in start.models}
-    genome = Genome.of(start, {name: model.header for name, model in models.items()}, shape)
+def searched(
+    bench: Workbench,
+    begun: Begun,
+    shape: Shape,
+    dev: Sequence[Task],
+    seed: int,
+    *,
+    until: int,
+    sigma: float = SIGMA,
+) -> Begun:
+    """What CMA-ES finds from there on, when `until` evaluations have been made with those before."""
+    models = {name: bench.models[name] for name in begun.recipe.models}
+    genome = Genome.of(begun.recipe, {name: model.header for name, model in models.items()}, shape)
     evaluator = Evaluator(genome, models, dev, seed=seed)
 
     def evaluate(questions: Sequence[Question]) -> Iterator[tuple[int, Readings]]:
         return ((number, evaluator.read(question)) for number, question in enumerate(questions))
 
+    # Beyond the candidates base and start are asked at each share, and the finalists everything.
+    budget = until - begun.asked - 2 * len(fitness.SHARES) - FINALISTS - 1
     with tempfile.TemporaryDirectory() as folder:
         identity = {"shape": str(shape), "seed": str(seed)}
         with Journal(Path(folder) / "journal", identity, tasks=len(dev)) as journal:
-            evolution = Evolution(genome, evaluate, journal, seed=seed, budget=BUDGET)
+            evolution = Evolution(genome, evaluate, journal, seed=seed, budget=budget, sigma=sigma)
             for _ in evolution.generations():
                 pass
-            return genome.recipe(evolution.settle().values)
+            recipe = genome.recipe(evolution.settle().values)
+            return Begun(recipe=recipe, asked=begun.asked + len(journal.readings))
 
 
 def reading_of(found: Score) -> Reading:
@@ -246,9 +300,9 @@ def report(rows: Sequence[Row], kind: str) -> dict[str, Any]:
             "worst": sign * float(domains.min(axis=-1).mean()),
             "by_seed": (sign * domains.mean(axis=-1)).tolist(),
         }
-    for name in ("per_expert", "layer_wise", "layer_wise_component", "operator_per_group"):
-        gain = values[:, names.index(name)] - values[:, names.index("uniform")]
-        found[f"{name}_over_uniform"] = {"mean": float(gain.mean()), "ci95": interval(gain)}
+    for name, other in COMPARED:
+        gain = values[:, names.index(name)] - values[:, names.index(other)]
+        found[f"{name}_over_{other}"] = {"mean": float(gain.mean()), "ci95": interval(gain)}
     return found
 
 

@@ -1,6 +1,6 @@
 """Do skills combine? Two experts have one half each of what a task asks for; how is it had from the two?
 
-    python tests/bench/skills.py --seeds 10 11 12
+    python tests/bench/skills.py --seeds 40 41 42
 
 One expert has learned to reverse, the other to move letters on; `rev+caesar` is trained nowhere. Each way
 gets no labelled example of it or the same LABELS of them, from its dev split, and is scored on its test
@@ -34,7 +34,7 @@ from merge_core.evolution.genome import Genome, Shape
 from merge_core.evolution.journal import Journal, Question
 from merge_core.evolution.run import Evolution
 from merge_core.recipe import Recipe, parse
-from merge_core.zoo import build
+from merge_core.zoo.build import build
 from merge_core.zoo.tasks import task
 from merge_core.zoo.threads import one_thread_each
 from merge_core.zoo.training import fine_tune, sequences
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[40, 41, 42])
     cache = Path(platformdirs.user_cache_dir("weft")) / "skills"
     parser.add_argument("--directory", type=Path, default=cache, help=f"keep models there, not in {cache}")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -90,7 +90,7 @@ def in_a_process(directory: Path, seed: int) -> dict[str, Row]:
 def study(directory: Path, seed: int) -> dict[str, Row]:
     """Every way to the target with the models of one seed."""
     logging.disable_progress_bar()
-    zoo = build(directory / f"seed-{seed}" / "zoo", seed=seed, size="skills")
+    zoo = build(directory / f"skills-{seed}" / "zoo", seed=seed, size="skills")
     directories = {"base": zoo.base, **zoo.experts}
     labelled = task(f"{TARGET}:dev").first(LABELS)
     refuse_shared([labelled], [task(f"{TARGET}:test")])

@@ -126,6 +126,18 @@ def test_a_candidate_that_comes_again_is_not_counted_again(tmp_path: Path) -> No
         assert evolution.settle().evaluated == len(candidates)
 
 
+def test_a_smaller_sigma_stays_nearer_to_the_start(tmp_path: Path) -> None:
+    def strayed(sigma: float) -> float:
+        bowl = Bowl()
+        with Journal(tmp_path / f"journal-{sigma}", IDENTITY, tasks=2) as opened:
+            evolution = Evolution(genome(), bowl, opened, seed=0, budget=20, sigma=sigma)
+            next(evolution.generations())
+        asked = [question.values for question in bowl.asked if question.values]
+        return max(abs(value - begun) for values in asked for value, begun in zip(values, START, strict=True))
+
+    assert strayed(0.4) > 4 * strayed(0.02) > 0
+
+
 def test_one_seed_is_one_trajectory_in_whatever_order_answers_come(tmp_path: Path) -> None:
     first, _ = search(tmp_path / "1", Bowl())
     second, _ = search(tmp_path / "2", Bowl(backwards=False))
