@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from node.errors import LocalError, UsageError, VerificationFailed
+from node.errors import LocalError, NodeNotRunning, UsageError, VerificationFailed, WeftError
 from node.home import Home
 from node.identity import keyring
 from node.identity.keyring import Identity
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from node.merging.parents import LocalParents
     from node.provenance.lineage import Lineage
     from node.provenance.verify import Report
+    from node.selection.candidate import Candidate
+    from node.selection.here import Here
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
@@ -196,20 +199,153 @@ def shelf(home: Home) -> Shelf:
 
 
 def add(
-    home: Home, directory: Path, *, name: str | None, licence: str | None, on_progress: Callable[[int], None]
+    home: Home,
+    directory: Path,
+    *,
+    name: str | None,
+    licence: str | None,
+    base: str | None = None,
+    probes: str | None = None,
+    on_progress: Callable[[int], None],
 ) -> Added:
-    """Share a checkpoint: hash, sign and fingerprint it, with or without a running node."""
+    """Share a checkpoint: hash, sign and fingerprint it, with or without a running node.
+
+    `base` is what it was trained from, a directory or a model on the shelf; `probes` a built-in set or a
+    file, else what the settings say.
+    """
+    from node import config
     from node.catalog.sketching import sketch_in_worker
 
     return shelf(home).add(
         directory,
         identity=identity(home),
-        sketch=sketch_in_worker,
+        sketch=partial(sketch_in_worker, probes=_probes(probes or config.load(home.config).probes)),
+        base=None if base is None else model_here(home, base),
         now=time.time(),
         name=name,
         licence=licence,
         on_progress=on_progress,
     )
+
+
+def model_here(home: Home, reference: str) -> ModelId:
+    """The id of a model: as it is given, or of a directory here, or of a name on the shelf."""
+    from merge_core.digest import ModelId
+    from node.merging.parents import local_parent
+    from node.merging.references import LocalDirectory, Published, parse_reference
+
+    found = parse_reference(reference, Path.cwd())
+    if isinstance(found, Published):
+        return ModelId(found.model_id)
+    if isinstance(found, LocalDirectory):
+        return local_parent(reference, found.path, hashes(home), None).model_id
+    return shelf(home).resolve(found.name).model_id
+
+
+def candidates(
+    home: Home,
+    references: Sequence[str],
+    *,
+    base: str | None = None,
+    probes: str | None = None,
+    silent: Callable[[Path, str], None] = lambda directory, why: None,
+) -> tuple[list[Candidate], Candidate | None]:
+    """Models as far as their fingerprints tell, and what they were trained from; the node asks peers.
+
+    Without `base` it is what all of them name, None where that is nowhere to be had. Raises NodeNotRunning
+    where a model is not here and no node runs, and what else keeps a model from being compared.
+    """
+    from node.selection.candidate import base_of, expect_different
+
+    here = _here(home, probes, silent)
+    found = _found(home, here, references)
+    expect_different(found)
+    named = base or base_of(found)
+    if named is None:
+        return found, None
+    try:
+        return found, _found(home, here, [named])[0]
+    except WeftError:
+        if base is not None:
+            raise
+        return found, None
+
+
+def _here(home: Home, probes: str | None, silent: Callable[[Path, str], None]) -> Here:
+    from merge_core.simmerge.probes import find
+    from node import config
+    from node.catalog.sketching import sketch_in_worker
+    from node.selection.here import Here
+
+    asked = _probes(probes or config.load(home.config).probes)
+    return Here(
+        shelf=shelf(home),
+        hashes=hashes(home),
+        folder=home.measured,
+        probes=find(asked),
+        sketch=partial(sketch_in_worker, probes=asked),
+        silent=silent,
+    )
+
+
+def _found(home: Home, here: Here, references: Sequence[str]) -> list[Candidate]:
+    """Models by reference: here, else from the node."""
+    from node.control.client import ControlClient
+
+    found = {reference: here.find(reference, Path.cwd()) for reference in references}
+    missing = [reference for reference, candidate in found.items() if candidate is None]
+    if missing:
+        if not node_runs(home):
+            raise NodeNotRunning(f"{missing[0]} is not on this machine", hint="weft up -d, then again")
+        with ControlClient.connect(home) as node:
+            answers = node.candidates(missing)
+        found |= {name: _candidate(message) for name, message in zip(missing, answers, strict=True)}
+    return [candidate for candidate in found.values() if candidate is not None]
+
+
+def partners(
+    home: Home,
+    reference: str,
+    count: int,
+    *,
+    base: str | None = None,
+    probes: str | None = None,
+) -> tuple[Candidate, Candidate | None, list[Candidate], int, int]:
+    """The model, its base, the advertised ones nearest to it, how many were compared, and bytes moved."""
+    from merge_core.simmerge.mini import Mini
+    from node.control.client import ControlClient
+
+    (mine,), known = candidates(home, [reference], base=base, probes=probes)
+    sketches = [Mini.of(one.fingerprint).to_bytes() if one else b"" for one in (mine, known)]
+    with ControlClient.connect(home) as node:
+        answers = node.partners(sketches[0], count, base=sketches[1])
+    compared = max((answer.compared for answer in answers), default=0)
+    moved = max((answer.moved for answer in answers), default=0)
+    return mine, known, [_candidate(answer.candidate) for answer in answers], compared, moved
+
+
+def _candidate(message: Any) -> Candidate:
+    """A model as the node told of it."""
+    from merge_core.digest import Digest, ModelId
+    from merge_core.simmerge.fingerprint import Fingerprint
+    from node.selection.candidate import Candidate
+
+    return Candidate(
+        reference=message.model_id,
+        name=message.name,
+        fingerprint=Fingerprint.parse(message.fingerprint),
+        base=ModelId(message.base) if message.base else None,
+        author=Digest(message.author),
+        moved=message.moved,
+    )
+
+
+def _probes(reference: str) -> str:
+    """A probe set as a worker finds it, wherever that stands; raises InvalidTask."""
+    from merge_core.simmerge import probes
+
+    probes.find(reference)
+    return str(Path(reference).absolute()) if reference.endswith(".jsonl") else reference
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -1,6 +1,7 @@
 """Settings: by flag, else `WEFT_*`, else `config.toml`, else the default, in that order.
 
 WEFT_NETWORK  WEFT_LISTEN  WEFT_ANNOUNCE  WEFT_PEER_API  WEFT_CONTROL_API  WEFT_BOOTSTRAP
+WEFT_PROBES
 (lists are comma-separated)
 """
 
@@ -29,6 +30,7 @@ class Config:
     """What a node is told; a value that exists is valid (LocalError otherwise).
 
     `listen` are libp2p multiaddrs, `peer_api` and `control_api` are host:port (port 0: any free one).
+    `probes` are the texts on which models are compared: a built-in set, or an absolute FILE.jsonl.
     `announce` is what others are told instead of `listen`, for a node behind a port mapping: multiaddrs too.
     """
 
@@ -38,6 +40,7 @@ class Config:
     peer_api: str = "0.0.0.0:9351"
     control_api: str = "127.0.0.1:0"
     bootstrap: tuple[str, ...] = ()
+    probes: str = "zoo"
 
     def __post_init__(self) -> None:
         if not NETWORK.fullmatch(self.network):

@@ -14,13 +14,15 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from node import config
 from node.catalog.book import AdvertBook
 from node.catalog.expert import Origin
-from node.catalog.fingerprints import Fingerprints
+from node.catalog.fingerprint_cache import FingerprintCache
+from node.catalog.fingerprints import Fingerprints, Known
 from node.catalog.gossip import Gossip
 from node.catalog.hashes import HashCache
 from node.catalog.shelf import Shelf
@@ -45,6 +47,7 @@ from node.merging.overlay import Overlay
 from node.merging.parents import LocalParents
 from node.merging.private import PrivateShelves, is_over
 from node.merging.remote import NetworkParents
+from node.merging.vetting import Vetting
 from node.merging.work import AuditWork, FetchWork, Tidy
 from node.negotiation import policy as policies
 from node.negotiation.policy import Policy
@@ -58,6 +61,11 @@ from node.peer.admitted import Admitted
 from node.peer.credentials import CredentialExchange
 from node.peer.links import Links
 from node.peer.server import PeerServer
+from node.provenance.fault import FAULTS
+from node.records.book import Kind, RecordBook
+from node.records.gossip import RecordGossip
+from node.selection.outcomes import OUTCOMES
+from node.selection.seek import Seeker
 from node.store import Store
 
 log = logging.getLogger(__name__)
@@ -65,6 +73,7 @@ TIDY_SECONDS = 3600.0
 DIAL_SECONDS = 5.0
 """For each address of a peer: some of them may lead nowhere, and the peer has one turn for all."""
 Clock = Callable[[], float]
+T = TypeVar("T")
 
 
 async def serve(home: Home, settings: Config, *, on_up: Callable[[], None], clock: Clock = time.time) -> None:
@@ -108,8 +117,9 @@ async def running_node(
         book = AdvertBook(store, network=settings.network, me=identity.peer_id)
         policy = policies.load(home.policy)
         negotiation, provider = _negotiation(store, settings, identity, network, shelf, book, policy, clock)
+        known = Known(shelf, FingerprintCache(home.fingerprints))
         port, exchange, certificate = await _peer_plane(
-            stack, settings, identity, network, shelf, provider, clock
+            stack, settings, identity, network, shelf, known, provider, clock
         )
         gossip = Gossip(
             network,
@@ -121,15 +131,22 @@ async def running_node(
             clock=clock,
         )
         gossip.start()
-        Fingerprints(network, shelf).start()
+        fingerprints = Fingerprints(network, known)
+        fingerprints.start()
+        faults = _told(store, FAULTS, settings, identity, network, clock)
+        outcomes = _told(store, OUTCOMES, settings, identity, network, clock)
         await stack.enter_async_context(network)
-        links = _links(network, book, exchange, certificate)
+        reach = _reaching(network, book)
+        links = Links(exchange, certificate, reach=reach)
         stack.push_async_callback(links.close)
-        overlay = _overlay(home, identity, book, negotiation, links, shelf, clock)
-        merging, jobs = _jobs(home, identity, overlay, gossip, store, clock)
+        vetting = Vetting(faults.book, identity.peer_id, say=faults.say)
+        overlay = _overlay(home, identity, book, negotiation, links, shelf, vetting, clock)
+        merging, jobs = _jobs(home, identity, overlay, gossip, store, settings.probes, clock)
         await stack.enter_async_context(jobs)
         tasks = await stack.enter_async_context(_Tasks(on_crash=stop))
         tasks.add(gossip.run())
+        tasks.add(faults.run())
+        tasks.add(outcomes.run())
         tasks.add(_tidy(provider, overlay.private, Journal(store), clock))
         tasks.add(stay_connected(network, settings.bootstrap))
         services = server.Services(
@@ -141,6 +158,9 @@ async def running_node(
             shelf=shelf,
             book=book,
             gossip=gossip,
+            faults=faults.book,
+            outcomes=outcomes,
+            seeker=Seeker(book, fingerprints, reach=reach, distrusted=vetting.distrusted, clock=clock),
             merging=merging,
             jobs=jobs,
             join=_joiner(home, settings, network, tasks),
@@ -199,13 +219,16 @@ async def _peer_plane(
     identity: Identity,
     network: Network,
     shelf: Shelf,
+    known: Known,
     provider: Provider,
     clock: Clock,
 ) -> tuple[int, CredentialExchange, TlsCertificate]:
     """Serve bytes to peers, and hand out our certificate for theirs; the port comes first."""
     certificate = make_certificate(identity.host, clock())
     admitted = Admitted(clock=clock, allowed=provider.serves, engaged=provider.engaged)
-    peers = PeerServer(shelf=shelf, entitlements=provider, admitted=admitted, certificate=certificate)
+    peers = PeerServer(
+        shelf=shelf, similarity=known, entitlements=provider, admitted=admitted, certificate=certificate
+    )
     port = await peers.start(settings.peer_api)
     stack.push_async_callback(peers.stop)
     exchange = CredentialExchange(
@@ -221,12 +244,17 @@ def _network(settings: Config, identity: Identity) -> Network:
     return Libp2pNetwork(identity.host.private_bytes, settings.listen, announce=settings.announce)
 
 
-def _links(
-    network: Network,
-    book: AdvertBook,
-    exchange: CredentialExchange,
-    certificate: TlsCertificate,
-) -> Links:
+def _told(
+    store: Store, kind: Kind[T], settings: Config, identity: Identity, network: Network, clock: Clock
+) -> RecordGossip[T]:
+    """The records of one kind, told and heard from now on."""
+    book = RecordBook(store, kind, network=settings.network)
+    gossip = RecordGossip(network, book, identity.host, clock=clock)
+    gossip.start()
+    return gossip
+
+
+def _reaching(network: Network, book: AdvertBook) -> Callable[[PeerId], Awaitable[None]]:
     async def reach(peer: PeerId) -> None:
         """Connect to a peer that is known from its advert; raises Unreachable."""
         if any(info.peer == peer for info in network.peers()):
@@ -239,7 +267,7 @@ def _links(
                 log.info("peer %s does not answer at %s: %s", peer.short, address, error.why)
         raise Unreachable(f"peer {peer.short} does not answer at any address that it gave", hint="weft peers")
 
-    return Links(exchange, certificate, reach=reach)
+    return reach
 
 
 def _overlay(
@@ -249,6 +277,7 @@ def _overlay(
     negotiation: Negotiation,
     links: Links,
     shelf: Shelf,
+    vetting: Vetting,
     clock: Clock,
 ) -> Overlay:
     hashes = HashCache(home.cache / "hashes")
@@ -261,11 +290,18 @@ def _overlay(
         private=PrivateShelves(home.parents, home.incoming, hashes=hashes),
         hashes=hashes,
         clock=clock,
+        vetting=vetting,
     )
 
 
 def _jobs(
-    home: Home, identity: Identity, overlay: Overlay, gossip: Gossip, store: Store, clock: Clock
+    home: Home,
+    identity: Identity,
+    overlay: Overlay,
+    gossip: Gossip,
+    store: Store,
+    probes: str,
+    clock: Clock,
 ) -> tuple[Merging, Jobs]:
     def on_shelf(model_id: Any) -> Path | None:
         expert = overlay.shelf.find(model_id)
@@ -276,7 +312,7 @@ def _jobs(
             overlay.shelf.add,
             directory,
             identity=identity,
-            sketch=sketch_in_worker,
+            sketch=partial(sketch_in_worker, probes=probes),
             now=clock(),
             name=name,
             licence=licence,

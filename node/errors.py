@@ -10,6 +10,7 @@
     │   ├── LimitReached
     │   └── Interrupted
     └── VerificationFailed   the bytes or signatures are not what they claim
+        └── FalseFingerprint   a publisher signed the fingerprint of other weights
 
 `why` is one line for the human, `hint` the next command to run, `exit_code` what the CLI ends with.
 Errors of merge_core (InvalidRecipe, InvalidTask, Unmergeable, CorruptCheckpoint, CannotWrite) keep their own
@@ -110,6 +111,14 @@ class VerificationFailed(WeftError):
     def __init__(self, why: str, *, hint: str = "", report: dict[str, Any] | None = None) -> None:
         super().__init__(why, hint=hint)
         self.report = report
+
+
+class FalseFingerprint(VerificationFailed):
+    """The weights are not those whose fingerprint `publisher` (a key id) signed."""
+
+    def __init__(self, why: str, *, publisher: str, hint: str = "weft search; weft peers") -> None:
+        super().__init__(why, hint=hint)
+        self.publisher = publisher
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

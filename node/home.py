@@ -6,7 +6,7 @@ node.db              adverts, agreements, jobs, records (SQLite)
 experts/             the shelf: one folder per model and publisher
 token                what the control API asks for, 0600
 run/node.json        process id and control address of the node that runs
-cache/               digests of files hashed before; safe to delete
+cache/               digests of files hashed before, fingerprints of others; safe to delete
 """
 
 from __future__ import annotations
@@ -91,6 +91,16 @@ class Home:
     @property
     def log(self) -> Path:
         return self.root / "run" / "node.log"
+
+    @property
+    def fingerprints(self) -> Path:
+        """Fingerprints of others, by digest."""
+        return self.cache / "fingerprints"
+
+    @property
+    def measured(self) -> Path:
+        """Fingerprints of directories that are not on the shelf."""
+        return self.cache / "measured"
 
     @property
     def cache(self) -> Path:

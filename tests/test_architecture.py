@@ -50,6 +50,18 @@ FORBIDDEN = {
     "node/exchange/": ("node.catalog", "node.negotiation", "node.merging", "node.control"),
     "node/negotiation/": ("node.exchange", "node.merging", "node.control"),
     "node/catalog/": ("node.exchange", "node.merging", "node.control"),
+    "node/records/": (
+        "node.catalog",
+        "node.negotiation",
+        "node.exchange",
+        "node.merging",
+        "node.provenance",
+        "node.selection",
+        "node.control",
+    ),
+    "node/selection/": ("node.exchange", "node.negotiation", "node.peer", "node.control"),
+    "node/merging/": ("node.selection", "node.control"),
+    "node/provenance/": ("node.catalog", "node.merging", "node.selection", "node.network"),
     "node/peer/": ("node.catalog", "node.negotiation", "node.exchange", "node.merging", "node.control"),
     "node/cli/": ("torch", "libp2p", "transformers", "merge_core.execute", "merge_core.zoo"),
 }

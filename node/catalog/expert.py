@@ -21,7 +21,9 @@ from merge_core.digest import Digest, ModelId, check_version
 from node.domain.advert import AdvertisedModel
 from node.domain.negotiation import Purpose
 
-MODEL, LEAVES, FINGERPRINT, RECORD = "model", "leaves.bin", "fingerprint.json", "record.json"
+MODEL, LEAVES, RECORD = "model", "leaves.bin", "record.json"
+FINGERPRINT, SKETCH = "fingerprint.bin", "sketch.bin"
+_VERSION = 2
 MAX_NAME = 96
 
 
@@ -61,6 +63,7 @@ class Expert:
     base: ModelId | None
     size: int
     fingerprint: Digest
+    sketch: Digest
     origin: Origin
     source: str
     added_at: float
@@ -89,6 +92,7 @@ class Expert:
             base=self.base,
             size=self.size,
             fingerprint=self.fingerprint,
+            sketch=self.sketch,
             publisher=self.publisher,
             purposes=tuple(sorted(set(purposes))),
         )
@@ -96,7 +100,7 @@ class Expert:
     def to_json(self) -> dict[str, Any]:
         """The content of record.json."""
         return {
-            "version": 1,
+            "version": _VERSION,
             "model_id": self.model_id,
             "publisher": self.publisher,
             "name": self.name,
@@ -105,6 +109,7 @@ class Expert:
             "base": self.base,
             "size": self.size,
             "fingerprint": self.fingerprint,
+            "sketch": self.sketch,
             "origin": self.origin.value,
             "source": self.source,
             "added_at": self.added_at,
@@ -114,7 +119,7 @@ class Expert:
     @classmethod
     def from_json(cls, value: Any, folder: Path) -> Expert:
         """Read record.json; raises ValueError, TypeError or KeyError when it is damaged."""
-        check_version(value["version"], 1, "record")
+        check_version(value["version"], _VERSION, "record")
         return cls(
             folder=folder,
             model_id=ModelId(value["model_id"]),
@@ -125,6 +130,7 @@ class Expert:
             base=None if value["base"] is None else ModelId(value["base"]),
             size=value["size"],
             fingerprint=Digest(value["fingerprint"]),
+            sketch=Digest(value["sketch"]),
             origin=Origin(value["origin"]),
             source=value["source"],
             added_at=value["added_at"],
@@ -150,11 +156,6 @@ class Held:
     def leaf_table(self) -> bytes:
         """The leaf digests, as LeafTable.to_bytes writes them."""
         return (self.expert.folder / LEAVES).read_bytes()
-
-    @cached_property
-    def fingerprint(self) -> bytes:
-        """The fingerprint that the advert names by digest."""
-        return (self.expert.folder / FINGERPRINT).read_bytes()
 
     @cached_property
     def files(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
     experts/<model id in hex>/<publisher, 16 hex digits>/
         model/            an ordinary checkpoint with weft.manifest.json, weft.publisher.json, model.sig
         leaves.bin        the digest of every MiB
-        fingerprint.json
+        fingerprint.bin   signed; sketch.bin is the mini of it
         record.json       this node's own note
 
 An expert appears whole or not at all: it is built in a hidden folder and renamed. The folder is the truth;
@@ -42,12 +42,14 @@ from merge_core.checkpoint.reader import Checkpoint, FileStamp, Measured
 from merge_core.checkpoint.writer import clone_tree
 from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
+from merge_core.simmerge.mini import Mini
 from node.catalog import licences
 from node.catalog.expert import (
     FINGERPRINT,
     LEAVES,
     MODEL,
     RECORD,
+    SKETCH,
     Expert,
     Held,
     Origin,
@@ -60,7 +62,7 @@ from node.errors import LocalError, Refused, VerificationFailed, of_system
 from node.identity.binding import MAX_BINDING, Binding
 from node.identity.keyring import Identity
 from node.provenance import attest, oms
-from node.provenance.sketch import sign
+from node.provenance.sketch import SignedFingerprint, sign
 
 _HIDDEN = (".partial-", ".removed-")
 
@@ -85,18 +87,28 @@ class Content:
     offset: int
 
 
-Sketch = Callable[[Measurable], bytes]
-"""Computes the fingerprint of a checkpoint; returns its canonical bytes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sketched:
+    """The bytes of a fingerprint; `silent` says why it holds no behaviour, and is empty where it does."""
+
+    fingerprint: bytes
+    silent: str = ""
+
+
+Sketch = Callable[[Measurable], Sketched]
+"""Computes the fingerprint of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
-    """What `add` did; `replaced` says why a signature that lay in the source was not kept."""
+    """What `add` did; `replaced` says why a signature that lay in the source was not kept, `silent` why the
+    fingerprint tells nothing of what the model says."""
 
     expert: Expert
     left_out: tuple[LeftOut, ...] = ()
     kept_signature: bool = False
     replaced: str = ""
+    silent: str = ""
     was_there: bool = False
 
 
@@ -213,10 +225,11 @@ class Shelf:
             if binding is None:
                 binding = identity.binding
                 attest.publish(stage / MODEL, identity, measured.manifest)
+            sketched = _sketched(stage, measured, sketch)
             expert = self._describe(
                 stage,
                 measured,
-                fingerprint=_fingerprint(stage, measured, sketch, identity),
+                fingerprint=sign(sketched.fingerprint, identity),
                 publisher=Digest(binding.publisher.key_id),
                 name=display_name(name or _name_of(source)),
                 licence=licence,
@@ -231,6 +244,7 @@ class Shelf:
             left_out=found.left_out,
             kept_signature=kept,
             replaced=replaced,
+            silent=sketched.silent,
             was_there=was_there,
         )
 
@@ -261,7 +275,6 @@ class Shelf:
         with self._stage() as stage:
             directory.rename(stage / MODEL)
             files.create(stage / LEAVES, leaves.to_bytes())
-            files.create(stage / FINGERPRINT, fingerprint)
             expert = self._describe(
                 stage,
                 Measured(manifest=manifest, leaves=leaves),
@@ -327,8 +340,11 @@ class Shelf:
         source: str,
         now: float,
     ) -> Expert:
-        """The expert that the stage holds, with record.json written."""
+        """The expert that the stage holds, with its signed fingerprint, mini and record.json written."""
         manifest = measured.manifest
+        mini = Mini.of(SignedFingerprint.parse(fingerprint).fingerprint).to_bytes()
+        files.create(stage / FINGERPRINT, fingerprint)
+        files.create(stage / SKETCH, mini)
         expert = Expert(
             folder=self.root / manifest.model_id.hex / publisher.hex[:16],
             model_id=manifest.model_id,
@@ -339,6 +355,7 @@ class Shelf:
             base=base,
             size=manifest.size,
             fingerprint=sha256(fingerprint),
+            sketch=sha256(mini),
             origin=origin,
             source=source,
             added_at=now,
@@ -350,12 +367,12 @@ class Shelf:
         return expert
 
     def _place(self, stage: Path, expert: Expert) -> tuple[Expert, bool]:
-        """Rename the stage into place; an intact expert that lies there only gets the new note."""
+        """Rename the stage into place; an intact expert with this fingerprint only gets the new note."""
         with self._lock, self._folder_lock():
             there = self._read(expert.folder)
             if there is not None and there.publisher != expert.publisher:
                 raise LocalError(f"{expert.folder} belongs to {there.publisher}", hint="weft ls")
-            if there is not None and not there.changed:
+            if there is not None and not there.changed and there.sketch == expert.sketch:
                 expert = replace(
                     there, name=expert.name, licence=expert.licence, base=expert.base or there.base
                 )
@@ -457,10 +474,10 @@ def _verified(model: Path, manifest: Manifest) -> Binding:
     return binding
 
 
-def _fingerprint(stage: Path, measured: Measured, sketch: Sketch, identity: Identity) -> bytes:
-    """Compute and sign the fingerprint of what the stage holds."""
+def _sketched(stage: Path, measured: Measured, sketch: Sketch) -> Sketched:
+    """Compute the fingerprint of what the stage holds."""
     files.create(stage / LEAVES, measured.leaves.to_bytes())
-    computed = sketch(
+    return sketch(
         Measurable(
             model_id=measured.manifest.model_id,
             directory=stage / MODEL,
@@ -468,9 +485,6 @@ def _fingerprint(stage: Path, measured: Measured, sketch: Sketch, identity: Iden
             leaves=stage / LEAVES,
         )
     )
-    data = sign(computed, identity)
-    files.create(stage / FINGERPRINT, data)
-    return data
 
 
 def _name_of(source: Path) -> str:

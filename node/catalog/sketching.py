@@ -6,19 +6,28 @@ import asyncio
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from node.catalog.shelf import Measurable
+from node.catalog.shelf import Measurable, Sketched
 from node.worker import process
 
 
-def sketch_in_worker(measured: Measurable) -> bytes:
-    """Compute a fingerprint (blocking, outside of any event loop) and return its canonical bytes."""
+def sketch_in_worker(measured: Measurable, *, probes: str) -> Sketched:
+    """Compute a fingerprint (blocking, outside of any event loop), structure and behaviour.
+
+    `probes` is a built-in set or an absolute FILE.jsonl; empty: the structure alone. A model that cannot be
+    run has no behaviour, which is no failure. Raises InvalidTask, CorruptCheckpoint, LocalError.
+    """
+    return asyncio.run(sketch(measured, probes=probes))
+
+
+async def sketch(measured: Measurable, *, probes: str) -> Sketched:
+    """As `sketch_in_worker`, on an event loop that lasts as long as the work."""
     with TemporaryDirectory(prefix="weft-") as folder:
-        output = Path(folder) / "fingerprint.json"
+        output = Path(folder) / "fingerprint"
         described = {
             "directory": str(measured.directory),
             "manifest": str(measured.manifest),
             "leaves": str(measured.leaves),
         }
-        request = {"input": described, "output": str(output)}
-        asyncio.run(process.run("fingerprint", request, on_event=lambda event: None))
-        return output.read_bytes()
+        request = {"input": described, "output": str(output), "probes": probes}
+        made = await process.run("fingerprint", request, on_event=lambda event: None)
+        return Sketched(fingerprint=await asyncio.to_thread(output.read_bytes), silent=made["silent"])

@@ -111,6 +111,17 @@ def add(
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="SPDX name; else the model card's.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="What it was trained from: DIR, a name on the shelf, or an id.")
+    ] = None,
+    probes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            show_default="the settings'",
+            help="Texts on which it can be compared: general, zoo, or FILE.jsonl.",
+        ),
+    ] = None,
 ) -> None:
     """Share a checkpoint: hash, sign and fingerprint it; the directory itself is never written to."""
     from node import app
@@ -119,7 +130,9 @@ def add(
 
     home = Home.default()
     with render.hashing(out, f"hashing {directory.name}") as on_progress:
-        added = app.add(home, directory, name=name, licence=licence, on_progress=on_progress)
+        added = app.add(
+            home, directory, name=name, licence=licence, base=base, probes=probes, on_progress=on_progress
+        )
     announced = app.announce_if_running(home)
     for item in added.left_out:
         out.say(f"[yellow]left out[/] {escape(item.name)}: {escape(item.why)}")
@@ -127,6 +140,8 @@ def add(
         out.say(
             f"[yellow]signed anew[/]: the signature that lay there does not hold ({escape(added.replaced)})"
         )
+    if added.silent:
+        out.say(f"[dim]compared by its weights alone[/]: {escape(added.silent)}")
     if added.expert.licence == NO_LICENCE:
         out.say("[yellow]no licence[/]: peers are not granted it; state one with --licence SPDX")
     out.say("announced to the peers" if announced else "it is announced at the next: weft up")
@@ -134,6 +149,7 @@ def add(
         **render.expert_data(added.expert),
         "directory": str(added.expert.directory),
         "announced": announced,
+        "behaviour": not added.silent,
         "left_out": [{"name": item.name, "why": item.why} for item in added.left_out],
     }
     out.result(data, lambda console: console.print(added.expert.model_id))

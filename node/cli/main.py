@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from node.cli import demo, evaluation, evolution, local, merging, network
+from node.cli import demo, evaluation, evolution, local, merging, network, selection
 from node.cli.output import out
 
 EXIT_INTERRUPTED = 130
@@ -59,6 +59,7 @@ def every_verb(
 
 local.register(app)
 evaluation.register(app)
+selection.register(app, MERGING)
 merging.register(app, MERGING)
 evolution.register(app, MERGING)
 network.register(app, MERGING)

@@ -37,6 +37,10 @@ _WORDS = {
 }
 
 
+_FAULTS = {"": "-", "found": "FALSE", "said": "false, some say", "refuted": "true, checked here"}
+"""What is said of fingerprints: as this node found, or as others say."""
+
+
 @contextmanager
 def live(out: Output) -> Iterator[Show]:
     """What a job does, on stderr for as long as it takes: one line for each state that it enters.
@@ -156,13 +160,14 @@ def peers(console: Console, rows: list[Data]) -> None:
     console.print(
         table(
             "",
-            ("peer", "direction", "round trip", "experts", "address"),
+            ("peer", "direction", "round trip", "experts", "fingerprints", "address"),
             (
                 (
                     p["peer_id"],
                     p["direction"],
                     f"{p['latency_ms']:.1f} ms" if p["latency_ms"] >= 0 else "-",
                     p["experts"],
+                    _FAULTS[p["fault"]],
                     (p["addresses"] or ["-"])[0],
                 )
                 for p in rows
@@ -179,7 +184,7 @@ def experts(console: Console, rows: list[Data]) -> None:
     console.print(
         table(
             "",
-            ("name", "model id", "architecture", "licence", "size", "holders"),
+            ("name", "model id", "architecture", "licence", "size", "fingerprint", "holders"),
             (
                 (
                     e["name"],
@@ -187,6 +192,7 @@ def experts(console: Console, rows: list[Data]) -> None:
                     e["architecture"],
                     e["licence"],
                     size(e["size"]),
+                    _FAULTS[e["fault"]],
                     _holders(e),
                 )
                 for e in rows

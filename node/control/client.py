@@ -7,7 +7,7 @@ with ControlClient.connect(Home.default()) as node:
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +18,8 @@ from node.control import running
 from node.control.status import from_rpc_error
 from node.home import Home
 from node.wire.v1 import control_pb2 as pb
-from node.wire.v1 import control_pb2_grpc
+from node.wire.v1 import control_pb2_grpc, selection_pb2_grpc
+from node.wire.v1 import selection_pb2 as selection_pb
 
 DEADLINE = 30.0
 """Seconds for a call that only looks; what talks to peers may take PEERS_DEADLINE."""
@@ -32,6 +33,7 @@ class ControlClient:
     def __init__(self, control_api: str, token: str) -> None:
         self._channel = grpc.insecure_channel(control_api)
         self._stub = control_pb2_grpc.NodeStub(self._channel)  # type: ignore[no-untyped-call]
+        self._selection = selection_pb2_grpc.SelectionStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = (("authorization", f"Bearer {token}"),)
 
     @classmethod
@@ -145,6 +147,23 @@ class ControlClient:
         request = pb.StartAuditRequest(request_id=uuid.uuid4().hex, subject=subject)
         return self._job(self._stub.StartAudit, request)
 
+    def candidates(self, references: Sequence[str]) -> list[selection_pb.Candidate]:
+        """Models as far as their fingerprints tell, from this node's shelf or from peers."""
+        request = selection_pb.ReadCandidatesRequest(references=references)
+        return [answer.candidate for answer in self._stream(self._selection.ReadCandidates, request)]
+
+    def partners(
+        self, sketch: bytes, count: int, *, base: bytes = b""
+    ) -> list[selection_pb.FindPartnersResponse]:
+        """The advertised models that are nearest to the one of a mini, best first."""
+        request = selection_pb.FindPartnersRequest(sketch=sketch, base=base, count=count)
+        return list(self._stream(self._selection.FindPartners, request))
+
+    def faults(self) -> list[selection_pb.FaultView]:
+        """What is said about fingerprints."""
+        pages = self._pages(self._selection.ListFaults, selection_pb.ListFaultsRequest)
+        return [fault for page in pages for fault in page.faults]
+
     def jobs(self) -> list[pb.Job]:
         """Every job, newest first."""
         return [job for page in self._pages(self._stub.ListJobs, pb.ListJobsRequest) for job in page.jobs]
@@ -168,6 +187,12 @@ class ControlClient:
     def resume(self, job_id: str) -> pb.Job:
         """Take up a job that failed or was cancelled."""
         return self._job(self._stub.ResumeJob, pb.ResumeJobRequest(id=job_id))
+
+    def _stream(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
+        try:
+            yield from method(request, metadata=self._metadata, timeout=PEERS_DEADLINE)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
 
     def _call(self, method: Callable[..., Any], request: Any, deadline: float = DEADLINE) -> Any:
         try:

@@ -24,11 +24,13 @@ from merge_core.digest import Digest
 from merge_core.errors import MergeCoreError
 from merge_core.evolution.genome import Shape
 from merge_core.evolution.record import MAX_TASKS
+from merge_core.simmerge.outcomes import Outcome
 from node.catalog.book import AdvertBook, Query
 from node.catalog.gossip import Gossip
 from node.catalog.shelf import Shelf
 from node.config import Config
 from node.control import views
+from node.control.selection import SelectionServicer
 from node.control.status import to_status
 from node.domain.job import Created, JobKind, JobState
 from node.domain.ticket import Ticket
@@ -40,10 +42,14 @@ from node.merging.evolve import Search, folder_of
 from node.merging.how import How
 from node.merging.merge import Merging
 from node.network.base import Network
+from node.provenance.fault import Fault, accusations
+from node.records.book import RecordBook
+from node.records.gossip import RecordGossip
+from node.selection.seek import Seeker
 from node.wire.v1 import control_pb2 as pb
-from node.wire.v1 import control_pb2_grpc
+from node.wire.v1 import control_pb2_grpc, selection_pb2_grpc
 
-SERVICE = "weft.v1.Node"
+SERVICE, SELECTION = "weft.v1.Node", "weft.v1.Selection"
 MAX_MESSAGE = 4 << 20
 MAX_PAGE = 500
 MAX_THREADS = 256
@@ -63,6 +69,9 @@ class Services:
     shelf: Shelf
     book: AdvertBook
     gossip: Gossip
+    faults: RecordBook[Fault]
+    outcomes: RecordGossip[Outcome]
+    seeker: Seeker
     merging: Merging
     jobs: Jobs
     join: Callable[[Ticket], Awaitable[None]]
@@ -101,7 +110,8 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
     async def ListPeers(self, request: pb.ListPeersRequest, context: Any) -> pb.ListPeersResponse:
         node = self._node
         held = Counter(listing.peer for listing in node.book.listings(node.clock()))
-        found = [views.peer(info, held[info.peer]) for info in node.network.peers()]
+        said = accusations(node.faults)
+        found = [views.peer(info, held[info.peer], said) for info in node.network.peers()]
         page, token = _page(found, request)
         return pb.ListPeersResponse(peers=page, next_page_token=token)
 
@@ -125,7 +135,7 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
     async def SearchExperts(self, request: pb.SearchExpertsRequest, context: Any) -> pb.SearchExpertsResponse:
         node = self._node
         found = node.book.search(Query(text=request.query), node.clock())
-        page, token = _page(views.experts(found, node.identity.peer_id), request)
+        page, token = _page(views.experts(found, node.identity.peer_id, accusations(node.faults)), request)
         return pb.SearchExpertsResponse(experts=page, next_page_token=token)
 
     async def PlanMerge(self, request: pb.PlanMergeRequest, context: Any) -> pb.PlanMergeResponse:
@@ -308,9 +318,14 @@ async def start(services: Services, token: str) -> ControlServer:
         ),
     )
     control_pb2_grpc.add_NodeServicer_to_server(NodeServicer(services), server)  # type: ignore[no-untyped-call]
+    selection_pb2_grpc.add_SelectionServicer_to_server(  # type: ignore[no-untyped-call]
+        SelectionServicer(services.seeker, services.faults, services.outcomes), server
+    )
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection(
+        (SERVICE, SELECTION, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
     host, _, _ = services.settings.control_api.rpartition(":")
     try:
         port = server.add_insecure_port(services.settings.control_api)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from node.catalog.book import Listing
@@ -13,8 +13,12 @@ from node.identity.envelopes import Envelope
 from node.jobs.runner import JobView
 from node.merging.merge import Planned
 from node.network.base import PeerInfo
+from node.provenance.fault import Accusation, Standing
+from node.selection.candidate import Candidate
 from node.wire.v1 import control_pb2 as pb
+from node.wire.v1 import selection_pb2 as selection_pb
 
+_BY_WEIGHT = (Standing.FOUND, Standing.SAID, Standing.REFUTED)
 _KINDS = {
     JobKind.MERGE: pb.JOB_KIND_MERGE,
     JobKind.FETCH: pb.JOB_KIND_FETCH,
@@ -66,14 +70,46 @@ def job(view: JobView) -> pb.Job:
     return message
 
 
-def peer(info: PeerInfo, experts: int) -> pb.PeerView:
-    """A connected peer and how many experts it advertises."""
+def peer(info: PeerInfo, experts: int, said: Sequence[Accusation] = ()) -> pb.PeerView:
+    """A connected peer, how many experts it advertises, and what is said of its fingerprints."""
     return pb.PeerView(
         peer_id=info.peer,
         addresses=info.addresses,
         direction=info.direction.value,
         latency_ms=-1.0 if info.latency is None else info.latency * 1000,
         experts=experts,
+        fault=_worst(a for a in said if a.sworn.author.peer_id == info.peer),
+    )
+
+
+def _worst(said: Iterable[Accusation]) -> str:
+    """The one standing that a person should know of; empty where nothing is said."""
+    found = {accusation.standing for accusation in said}
+    return next((standing.value for standing in _BY_WEIGHT if standing in found), "")
+
+
+def fault(accusation: Accusation) -> selection_pb.FaultView:
+    """What is said of one fingerprint."""
+    sworn = accusation.sworn
+    return selection_pb.FaultView(
+        model_id=sworn.model_id,
+        fingerprint=sworn.fingerprint,
+        publisher=sworn.author.publisher.key_id,
+        peer_id=sworn.author.peer_id,
+        finders=accusation.finders,
+        standing=accusation.standing.value,
+    )
+
+
+def candidate(found: Candidate) -> selection_pb.Candidate:
+    """A model as far as its fingerprint tells of it."""
+    return selection_pb.Candidate(
+        model_id=found.model_id,
+        name=found.name,
+        base=found.base or "",
+        author=found.author or "",
+        fingerprint=found.fingerprint.to_bytes(),
+        moved=found.moved,
     )
 
 
@@ -146,7 +182,7 @@ def plan(planned: Planned) -> pb.PlanMergeResponse:
     )
 
 
-def experts(listings: Sequence[Listing], me: PeerId) -> list[pb.Expert]:
+def experts(listings: Sequence[Listing], me: PeerId, said: Sequence[Accusation] = ()) -> list[pb.Expert]:
     """Listings as one entry for each model and publisher, with everybody who holds it."""
     found: dict[tuple[str, str], pb.Expert] = {}
     for listing in listings:
@@ -161,6 +197,12 @@ def experts(listings: Sequence[Listing], me: PeerId) -> list[pb.Expert]:
                 base=model.base or "",
                 size=model.size,
                 publisher=model.publisher,
+                fault=_worst(
+                    a
+                    for a in said
+                    if (a.sworn.model_id, a.sworn.author.publisher.key_id)
+                    == (model.model_id, model.publisher)
+                ),
             ),
         )
         if listing.peer == me:

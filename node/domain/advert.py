@@ -24,6 +24,7 @@ from node.domain.ids import PeerId
 from node.domain.negotiation import Purpose
 
 PAYLOAD_TYPE = "application/vnd.weft.advert+json"
+VERSION = 2
 MAX_ENVELOPE = (32 << 10) - 256
 """Bytes of one signed advert on the wire: two of them, as a proof, fit into one message."""
 MAX_PAYLOAD = 23_000
@@ -40,6 +41,7 @@ class AdvertisedModel:
     """One expert that a peer holds: what it is called, who published it, and what it may be used for.
 
     `licence` is an SPDX expression or NOASSERTION; `size` bytes of all tensors; `publisher` a key id.
+    `fingerprint` is the digest of the signed whole, `sketch` that of its mini.
     """
 
     model_id: ModelId
@@ -49,6 +51,7 @@ class AdvertisedModel:
     base: ModelId | None
     size: int
     fingerprint: Digest
+    sketch: Digest
     publisher: Digest
     purposes: tuple[Purpose, ...]
 
@@ -62,6 +65,7 @@ class AdvertisedModel:
             "base": self.base,
             "size": self.size,
             "fingerprint": self.fingerprint,
+            "sketch": self.sketch,
             "publisher": self.publisher,
             "purposes": list(self.purposes),
         }
@@ -80,6 +84,7 @@ class AdvertisedModel:
             base=None if value["base"] is None else ModelId(value["base"]),
             size=text.integer(value["size"], "size"),
             fingerprint=Digest(value["fingerprint"]),
+            sketch=Digest(value["sketch"]),
             publisher=Digest(value["publisher"]),
             purposes=purposes,
         )
@@ -117,7 +122,7 @@ class Advert:
         """The canonical bytes that the host key signs."""
         return canonical(
             {
-                "version": 1,
+                "version": VERSION,
                 "network": self.network,
                 "peerId": self.peer,
                 "seq": self.seq,
@@ -143,7 +148,7 @@ class Advert:
 
     @classmethod
     def _from_json(cls, value: dict[str, Any]) -> Advert:
-        check_version(value["version"], 1, "advert")
+        check_version(value["version"], VERSION, "advert")
         issued = text.integer(value["issuedAt"], "issuedAt")
         parts = text.integer(value["parts"], "parts", low=1, high=MAX_PARTS)
         part = text.integer(value["part"], "part", high=parts - 1)
@@ -248,6 +253,7 @@ _MODEL_KEYS = {
     "base",
     "size",
     "fingerprint",
+    "sketch",
     "publisher",
     "purposes",
 }

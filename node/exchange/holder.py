@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from merge_core.digest import Digest
 from node.domain.holding import ByteRange, Holding, ModelRef
 from node.domain.ids import PeerId
 
@@ -31,8 +32,8 @@ class Holder(Protocol):
     def leaf_table(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
         """The leaf table."""
 
-    def fingerprint(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
-        """The fingerprint."""
+    def fingerprint(self, digest: Digest) -> AsyncGenerator[bytes, None]:
+        """The signed fingerprint of this digest."""
 
     def file(self, ref: ModelRef, path: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """Bytes [offset, offset + length) of a file."""

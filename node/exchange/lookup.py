@@ -123,18 +123,18 @@ async def read_plan(holders: Sequence[Holder], model_id: ModelId) -> MergePlan:
     return await first(holders, ask, f"the plan of {model_id}")
 
 
-async def read_fingerprint(holders: Sequence[Holder], ref: ModelRef, digest: Digest) -> bytes:
+async def read_fingerprint(holders: Sequence[Holder], model_id: ModelId, digest: Digest) -> bytes:
     """Ask holders in turn for the fingerprint that an advert names; raises as `read_manifest` does."""
 
     async def ask(holder: Holder) -> bytes:
-        data = await collect(holder.fingerprint(ref), MAX_SIGNED)
+        data = await collect(holder.fingerprint(digest), MAX_SIGNED)
         if sha256(data) != digest:
             raise PeerError(f"peer {holder.peer.short} sent another fingerprint than its advert names")
-        if SignedFingerprint.parse(data).fingerprint.model_id != ref.model_id:
+        if SignedFingerprint.parse(data).fingerprint.model_id != model_id:
             raise PeerError(f"peer {holder.peer.short} advertises another model's fingerprint")
         return data
 
-    return await first(holders, ask, f"the fingerprint of {ref.model_id}")
+    return await first(holders, ask, f"the fingerprint of {model_id}")
 
 
 async def first(

@@ -7,6 +7,7 @@ an error in between costs what can be had again, never the model.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,10 @@ from node.catalog import licences
 from node.catalog.book import Listing
 from node.catalog.expert import Expert
 from node.catalog.shelf import Shelf
-from node.domain.holding import ModelRef
 from node.domain.ids import PeerId
 from node.domain.job import JobState
 from node.domain.negotiation import Agreement, Purpose
-from node.errors import NotEnoughPeers, Refused, Unreachable, WeftError
+from node.errors import FalseFingerprint, NotEnoughPeers, Refused, Unreachable, WeftError
 from node.exchange.fetch import Fetched, fetch
 from node.exchange.holder import Holder, Progress
 from node.exchange.lookup import read_fingerprint
@@ -32,6 +32,7 @@ from node.jobs.runner import Attempt
 from node.merging.canvass import canvass
 from node.merging.overlay import ENOUGH, Overlay
 from node.merging.terms import Offered, by_publisher, licence_of
+from node.provenance.sketch import SignedFingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +176,8 @@ class Acquisition:
     ) -> Expert:
         overlay, job = self._overlay, self._attempt.job.id
         sketch = await _fingerprint(offered, wanted.model_id, holders)
+        signed = SignedFingerprint.parse(sketch)
+        overlay.vetting.expect_honest(signed)
         held = await asyncio.to_thread(into.find, wanted.model_id, offered.publisher)
         if held is not None:
             return held
@@ -189,6 +192,11 @@ class Acquisition:
             on_progress=lambda progress: self._tell(wanted.name, progress),
         )
         self._tally(fetched, time.monotonic() - begun)
+        try:
+            await overlay.vetting.vet(signed, fetched)
+        except FalseFingerprint:
+            await asyncio.to_thread(shutil.rmtree, fetched.directory, ignore_errors=True)
+            raise
         all_said = Offered(publisher=offered.publisher, listings=wanted.of(offered.publisher))
         name, licence = await asyncio.to_thread(_terms, all_said, fetched.directory)
         return await asyncio.to_thread(
@@ -238,11 +246,10 @@ def _nobody(wanted: _Wanted, failed: Mapping[PeerId, WeftError]) -> WeftError:
 
 async def _fingerprint(offered: Offered, model_id: ModelId, holders: Sequence[Holder]) -> bytes:
     """A fingerprint that somebody advertises and somebody can show; raises Refused or NotEnoughPeers."""
-    ref = ModelRef(model_id=model_id, publisher=offered.publisher)
     last: WeftError | None = None
     for digest in dict.fromkeys(listing.model.fingerprint for listing in offered.listings):
         try:
-            return await read_fingerprint(holders, ref, digest)
+            return await read_fingerprint(holders, model_id, digest)
         except (Refused, NotEnoughPeers) as error:
             last = error
     raise last or NotEnoughPeers(f"nobody has the fingerprint of {model_id}", hint="weft search")

@@ -16,6 +16,7 @@ from node.exchange.holder import Holder
 from node.locks import KeyedLocks
 from node.merging.canvass import Pace, canvass
 from node.merging.private import PrivateShelves
+from node.merging.vetting import Vetting
 from node.negotiation.service import Negotiation
 
 ENOUGH = 4
@@ -45,6 +46,7 @@ class Overlay:
     private: PrivateShelves
     hashes: HashCache
     clock: Callable[[], float]
+    vetting: Vetting
     pace: Pace = field(default_factory=Pace)
     fetching: KeyedLocks[ModelId] = field(default_factory=KeyedLocks)
 

@@ -18,14 +18,16 @@ from typing import Any
 import grpc
 
 from merge_core.checkpoint.merkle import LEAF_SIZE
+from merge_core.digest import Digest
 from node.domain.holding import ByteRange, Holding, ModelRef
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import PeerError, Refused, Unreachable, WeftError
 from node.identity.certificates import TARGET_NAME, TlsCertificate
 from node.peer.status import error_of
-from node.peer.transport import OPTIONS, SERVICE
+from node.peer.transport import OPTIONS, SERVICE, SIMILARITY
 from node.wire import peer as wire
+from node.wire import similarity
 from node.wire.v1 import peer_pb2 as pb
 
 LANES = 4
@@ -112,9 +114,15 @@ class PeerClient:
         """Stream the leaf table."""
         return self._stream("ReadLeafTable", pb.ReadLeafTableRequest(model=wire.model_ref(ref)))
 
-    def fingerprint(self, ref: ModelRef) -> AsyncGenerator[bytes, None]:
-        """Stream the fingerprint."""
-        return self._stream("ReadFingerprint", pb.ReadFingerprintRequest(model=wire.model_ref(ref)))
+    def fingerprint(self, digest: Digest, offset: int = 0) -> AsyncGenerator[bytes, None]:
+        """Stream a signed fingerprint from an offset on."""
+        request = similarity.read_fingerprint_request(digest, offset)
+        return self._stream("ReadFingerprint", request, service=SIMILARITY)
+
+    def sketches(self, digests: Sequence[Digest]) -> AsyncGenerator[bytes, None]:
+        """Stream minis in one piece, as `node.domain.sketches` reads it."""
+        request = similarity.read_sketches_request(digests)
+        return self._stream("ReadSketches", request, service=SIMILARITY)
 
     def file(self, ref: ModelRef, path: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """Stream bytes [offset, offset + length) of a file."""
@@ -124,13 +132,15 @@ class PeerClient:
         """Stream ranges of tensors, one message for each leaf that they touch."""
         return self._stream("ReadLeaves", wire.read_leaves_request(ref, ranges))
 
-    async def _stream(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
+    async def _stream(
+        self, method: str, request: Any, *, service: str = SERVICE
+    ) -> AsyncGenerator[bytes, None]:
         """Stream an answer; ask once more after renewing, where nothing has come yet."""
         for last in (False, True):
             await self.ready()
             begun = False
             try:
-                async with aclosing(self._read(method, request)) as pieces:
+                async with aclosing(self._read(f"/{service}/{method}", request)) as pieces:
                     async for piece in pieces:
                         begun = True
                         yield piece
@@ -142,7 +152,7 @@ class PeerClient:
     async def _read(self, method: str, request: Any) -> AsyncGenerator[bytes, None]:
         serialize: Callable[[Any], bytes] = type(request).SerializeToString
         with self._calling() as channel:
-            call = channel.unary_stream(f"/{SERVICE}/{method}", request_serializer=serialize)(request)
+            call = channel.unary_stream(method, request_serializer=serialize)(request)
             try:
                 while (piece := await call.read()) is not grpc.aio.EOF:
                     if not piece or len(piece) > LEAF_SIZE:

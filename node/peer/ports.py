@@ -1,15 +1,15 @@
 """What serving asks of the rest of the node: what do I hold, and who may have it.
 
-The peer server knows no store and no policy. It is handed these two ports.
+The peer server knows no store and no policy. It is handed these three ports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from merge_core.digest import ModelId
+from merge_core.digest import Digest, ModelId
 from node.domain.ids import PeerId
 
 
@@ -49,10 +49,6 @@ class HeldModel(Protocol):
         """The leaf table of `manifest` as LeafTable.to_bytes writes it."""
 
     @property
-    def fingerprint(self) -> bytes:
-        """The fingerprint that adverts name; empty when there is none."""
-
-    @property
     def files(self) -> Mapping[str, int]:
         """Size in bytes of every published file by name: weights, small files, records, model.sig."""
 
@@ -69,6 +65,16 @@ class Shelf(Protocol):
 
         Raises Refused(UNKNOWN_MODEL).
         """
+
+
+class Similarity(Protocol):
+    """What this node can tell of how alike models are; whatever it has, it tells anybody."""
+
+    def fingerprint(self, digest: Digest) -> bytes | None:
+        """The signed fingerprint of this digest."""
+
+    def sketches(self, digests: Sequence[Digest]) -> list[bytes | None]:
+        """The mini of each digest, None where it is not here."""
 
 
 class Entitlements(Protocol):

@@ -2,8 +2,8 @@
 
 Rules: the caller is who its certificate says, looked up again on every call, so that a dismissed peer is
 refused on the connection it has; weights and files go only where an agreement covers them, everything else
-(description, manifest, leaf table, fingerprint, FREE_FILES) to any admitted peer; every write has a
-deadline, so that a reader which stops reading costs no more than that; only regular files are served.
+(description, manifest, leaf table, FREE_FILES, all of SimilarityService) to any admitted peer; every write
+has a deadline, so that a reader which stops reading costs no more than that; only regular files are served.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from merge_core.checkpoint.merkle import LEAF_SIZE
 from merge_core.digest import Digest
 from merge_core.errors import MergeCoreError
 from merge_core.tokenizer.vocabulary import TOKENIZER_FILES
+from node.domain import sketches
 from node.domain.holding import ByteRange, HeldFile, Holding, ModelRef
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
@@ -33,16 +34,19 @@ from node.identity.certificates import TlsCertificate
 from node.peer.admitted import Admitted
 from node.peer.calls import Calls
 from node.peer.memory import keep_freed_pieces
-from node.peer.ports import Entitlements, HeldModel, Shelf
+from node.peer.ports import Entitlements, HeldModel, Shelf, Similarity
 from node.peer.status import abort
-from node.peer.transport import SERVER_OPTIONS, SERVICE
+from node.peer.transport import SERVER_OPTIONS, SERVICE, SIMILARITY
 from node.wire import peer as wire
+from node.wire import similarity as similarity_wire
 from node.wire.v1 import peer_pb2 as pb
+from node.wire.v1 import similarity_pb2 as similarity_pb
 
 FREE_FILES = TOKENIZER_FILES | {"weft.plan.json"}
 """Files that an offer rests on: planning a merge takes those, naming the plan to audit the last."""
 _EXPECTED = (Refused, OSError, ValueError, MergeCoreError, LocalError)
 """What may go wrong with a held model; none of it reaches the caller but a Refused."""
+Methods = dict[str, tuple[Any, type[Message]]]
 REQUEST_DEADLINE = 10.0
 """Seconds that a caller may take from opening a call to having sent its request."""
 WRITE_DEADLINE = 60.0
@@ -95,6 +99,7 @@ class PeerServer:
         self,
         *,
         shelf: Shelf,
+        similarity: Similarity,
         entitlements: Entitlements,
         admitted: Admitted,
         certificate: TlsCertificate,
@@ -103,6 +108,7 @@ class PeerServer:
         write_deadline: float = WRITE_DEADLINE,
     ) -> None:
         self._shelf = shelf
+        self._similarity = similarity
         self._entitlements = entitlements
         self._admitted = admitted
         self._certificate = certificate
@@ -115,7 +121,7 @@ class PeerServer:
     async def start(self, address: str) -> int:
         """Listen on host:port (0: any free port) and return the port; raises LocalError when it is taken."""
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((self._handlers(),))
+        server.add_generic_rpc_handlers(self._handlers())
         try:
             port = int(server.add_secure_port(address, self._credentials()))
         except RuntimeError as error:
@@ -151,21 +157,29 @@ class PeerServer:
             configuration(), configuration, require_client_authentication=True
         )
 
-    def _handlers(self) -> Any:
-        methods: dict[str, tuple[Any, type[Message]]] = {
+    def _handlers(self) -> tuple[Any, ...]:
+        peer: Methods = {
             "Describe": (self._describe, pb.DescribeRequest),
             "ReadManifest": (self._manifest, pb.ReadManifestRequest),
             "ReadLeafTable": (self._leaf_table, pb.ReadLeafTableRequest),
-            "ReadFingerprint": (self._fingerprint, pb.ReadFingerprintRequest),
             "ReadFile": (self._file, pb.ReadFileRequest),
             "ReadLeaves": (self._leaves, pb.ReadLeavesRequest),
         }
-        # As streams of requests they look the same on the wire, but begin before a request has come.
-        handlers = {
-            name: grpc.stream_stream_rpc_method_handler(self._answer(method, message))
-            for name, (method, message) in methods.items()
+        similarity: Methods = {
+            "ReadSketches": (self._sketches, similarity_pb.ReadSketchesRequest),
+            "ReadFingerprint": (self._fingerprint, similarity_pb.ReadFingerprintRequest),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+        return tuple(
+            grpc.method_handlers_generic_handler(
+                service,
+                # As streams of requests they look the same on the wire, but begin before a request has come.
+                {
+                    name: grpc.stream_stream_rpc_method_handler(self._answer(method, message))
+                    for name, (method, message) in methods.items()
+                },
+            )
+            for service, methods in ((SERVICE, peer), (SIMILARITY, similarity))
+        )
 
     def _caller(self, context: Any) -> PeerId:
         pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
@@ -229,10 +243,25 @@ class PeerServer:
         for data in _cut(self._open(wire.parse_model_ref(request.model)).leaf_table):
             yield data
 
-    async def _fingerprint(
-        self, peer: PeerId, request: pb.ReadFingerprintRequest
+    async def _sketches(
+        self, peer: PeerId, request: similarity_pb.ReadSketchesRequest
     ) -> AsyncGenerator[bytes, None]:
-        for data in _cut(self._open(wire.parse_model_ref(request.model)).fingerprint):
+        digests = similarity_wire.parse_read_sketches_request(request)
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._similarity.sketches, digests
+        )
+        yield sketches.pack(found)
+
+    async def _fingerprint(
+        self, peer: PeerId, request: similarity_pb.ReadFingerprintRequest
+    ) -> AsyncGenerator[bytes, None]:
+        digest, offset = similarity_wire.parse_read_fingerprint_request(request)
+        whole = self._similarity.fingerprint(digest)
+        if whole is None:
+            raise Refused(Reason.UNKNOWN_MODEL)
+        if offset >= len(whole):
+            raise Refused(Reason.MALFORMED, "nothing begins there")
+        for data in _cut(whole[offset:]):
             yield data
 
     async def _file(self, peer: PeerId, request: pb.ReadFileRequest) -> AsyncGenerator[bytes, None]:

@@ -1,8 +1,9 @@
-"""What both ends of the peer port agree on: the service's name, and the options of every connection."""
+"""What both ends of the peer port agree on: the services' names, and the options of every connection."""
 
 from __future__ import annotations
 
 SERVICE = "weft.v1.Peer"
+SIMILARITY = "weft.v1.SimilarityService"
 MAX_MESSAGE = 4 << 20
 
 OPTIONS: tuple[tuple[str, int | str], ...] = (

@@ -43,7 +43,7 @@ class RecordGossip(Generic[T]):
         self, network: Network, book: RecordBook[T], key: HostKey, *, clock: Callable[[], float]
     ) -> None:
         self._network = network
-        self._book = book
+        self.book = book
         self._key = key
         self._clock = clock
         self._topic = f"/weft/{book.network}/{book.kind.name}/1"
@@ -58,7 +58,7 @@ class RecordGossip(Generic[T]):
 
     async def say(self, body: Any) -> None:
         """Sign a statement, keep it and tell everybody."""
-        await self._network.publish(self._topic, self._book.say(body, self._key, self._clock()))
+        await self._network.publish(self._topic, self.book.say(body, self._key, self._clock()))
 
     async def run(self, sleep: Sleep = asyncio.sleep) -> None:
         """Ask every peer that joins, and all of them again at long intervals, until cancelled."""
@@ -80,13 +80,13 @@ class RecordGossip(Generic[T]):
     def _validate(self, author: PeerId, data: bytes) -> Verdict:
         if author == self._key.peer_id:
             return Verdict.ACCEPT
-        outcome = self._book.admit(data, self._clock())
+        outcome = self.book.admit(data, self._clock())
         if outcome.counts_against:
             return Verdict.REJECT
         return Verdict.ACCEPT if outcome is Outcome.NEW else Verdict.IGNORE
 
     async def _deliver(self, author: PeerId, data: bytes) -> None:
-        log.debug("a record of %s for %s", author.short, self._book.kind.name)
+        log.debug("a record of %s for %s", author.short, self.book.kind.name)
 
     async def _answer(self, peer: PeerId, payload: bytes) -> bytes:
         try:
@@ -94,26 +94,26 @@ class RecordGossip(Generic[T]):
             after = text.text(asked["after"], 80, "a place")
         except (ValueError, TypeError, RecursionError) as error:
             raise Refused(Reason.MALFORMED, str(error)[:200]) from error
-        if asked["network"] != self._book.network:
+        if asked["network"] != self.book.network:
             raise Refused(Reason.WRONG_NETWORK)
-        return _page(self._book.envelopes(after=after, limit=_AT_ONCE))
+        return _page(self.book.envelopes(after=after, limit=_AT_ONCE))
 
     async def _ask(self, peer: PeerId) -> None:
         """Take every record that a peer knows; a peer that answers nonsense is left alone."""
         after: str | None = ""
         try:
             for _ in range(MAX_PAGES):
-                request = canonical({"network": self._book.network, "after": after})
+                request = canonical({"network": self.book.network, "after": after})
                 reply = await self._network.request(peer, self._protocol, request, deadline=DEADLINE)
                 records, after = _read(reply)
                 for data in records:
-                    if self._book.admit(data, self._clock()) is Outcome.MALFORMED:
+                    if self.book.admit(data, self._clock()) is Outcome.MALFORMED:
                         raise PeerError("a record that is none")
                     await asyncio.sleep(0)  # a page takes long enough for others to want their turn
                 if after is None:
                     return
         except WeftError as error:
-            log.info("peer %s told no %s: %s", peer.short, self._book.kind.name, error)
+            log.info("peer %s told no %s: %s", peer.short, self.book.kind.name, error)
 
 
 def _page(listed: Sequence[tuple[str, bytes]]) -> bytes:

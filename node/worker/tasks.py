@@ -5,7 +5,7 @@ path. Heavy modules are imported inside the task that needs them, so that hashin
 
     zoo          {directory, seed, size}                       -> {base, experts: {name: directory}}
     catalogue    {directory, seed, chains?}                    -> {experts: {name: directory}, merges}
-    fingerprint  {input, output}                               -> {digest, size}
+    fingerprint  {input, output, probes}                       -> {digest, size, silent}
     merge        {plan, inputs, target, journal, output, threads?}
                  -> {model_id, manifest, leaves, trace, report}
     perplexity   {text, models: [[name, directory]]} -> {text, readings: [{model, bits_per_byte, …}]}
@@ -23,6 +23,7 @@ files, signs and commits.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -33,7 +34,7 @@ from merge_core import files
 from merge_core.checkpoint.published import read_bounded
 from merge_core.checkpoint.reader import Checkpoint, FileStamp, VerifiedSource
 from merge_core.digest import sha256
-from merge_core.errors import CorruptCheckpoint, MergeCoreError
+from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
 from merge_core.memory import THREADS
 from merge_core.plan import MAX_PLAN, MergePlan
 from merge_core.trace import MAX_TRACE, Trace
@@ -43,6 +44,8 @@ from node.worker.messages import Emit
 
 if TYPE_CHECKING:
     from merge_core.execute import Material
+    from merge_core.simmerge.behaviour import Behaviour
+    from merge_core.simmerge.probes import ProbeSet
 
 _MAX_LISTED = 1_000
 
@@ -85,16 +88,42 @@ def catalogue(request: Request, emit: Emit) -> Result:
 
 
 def fingerprint(request: Request, emit: Emit) -> Result:
-    """Sketch a measured checkpoint, every leaf hashed again as it is read, into the file `output`."""
-    from merge_core.simmerge.version1 import compute
+    """Measure a checkpoint, every leaf hashed again as it is read, into the file `output`.
 
+    With `probes`, a built-in set or a file, what it says to them is measured too; `silent` tells why not.
+    """
+    from merge_core.simmerge import probes
+    from merge_core.simmerge.fingerprint import Fingerprint
+    from merge_core.simmerge.sketcher import compute
+
+    asked = probes.find(request["probes"]) if request["probes"] else None
     claims = Claims(request["input"])
     with _opened(request["input"], claims) as source:
-        total = claims.manifest.size
-        sketch = compute(source, claims.model_id, on_progress=_counter(emit, "sketch", total))
-    data = sketch.to_bytes()
+        structure = compute(source, on_progress=_counter(emit, "sketch", claims.manifest.size))
+    behaviour, silent = None, ""
+    if asked is not None:
+        try:
+            behaviour = _behaviour(Path(request["input"]["directory"]), asked, emit)
+        except MergeCoreError as error:
+            silent = error.why.replace(request["input"]["directory"], "it")
+    made = Fingerprint(model_id=claims.model_id, structure=structure, behaviour=behaviour)
+    data = made.to_bytes()
     files.replace(Path(request["output"]), data)
-    return {"digest": sketch.digest, "size": len(data)}
+    return {"digest": made.digest, "size": len(data), "silent": silent}
+
+
+def _behaviour(directory: Path, asked: ProbeSet, emit: Emit) -> Behaviour:
+    """What the model says to probes; raises MergeCoreError where it cannot be run here."""
+    if not (directory / "tokenizer.json").is_file():  # seen at once: loading torch takes seconds
+        raise Unmergeable("it has no tokenizer.json")
+    from merge_core.simmerge.behaviour import Behaviour
+    from merge_core.simmerge.probing import observe
+
+    def tell(done: int, total: int) -> None:
+        emit({"kind": "progress", "what": "probe", "done": done, "total": total})
+
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return Behaviour.of(observe(directory, asked, max_memory=half, on_progress=tell))
 
 
 def merge(request: Request, emit: Emit) -> Result:

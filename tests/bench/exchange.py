@@ -30,8 +30,9 @@ from safetensors.numpy import save_file
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import Digest, ModelId
-from merge_core.simmerge.version1 import compute
-from node.catalog.shelf import Measurable, Shelf
+from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.sketcher import compute
+from node.catalog.shelf import Measurable, Shelf, Sketched
 from node.domain.ids import PeerId
 from node.exchange.fetch import fetch
 from node.identity import keyring
@@ -77,11 +78,13 @@ def search_path() -> str:
     return os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
 
 
-def sketch(measured: Measurable) -> bytes:
+def sketch(measured: Measurable) -> Sketched:
     """The fingerprint as a worker computes it."""
     leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
     with Checkpoint.open(measured.directory) as checkpoint:
-        return compute(VerifiedSource(checkpoint, leaves), measured.model_id).to_bytes()
+        structure = compute(VerifiedSource(checkpoint, leaves))
+    made = Fingerprint(model_id=measured.model_id, structure=structure, behaviour=None)
+    return Sketched(fingerprint=made.to_bytes())
 
 
 def prepare() -> Path:

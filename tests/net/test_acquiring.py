@@ -15,11 +15,12 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import Digest, ModelId
 from merge_core.errors import CorruptCheckpoint, InvalidRecipe
-from merge_core.simmerge.version1 import compute
+from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.sketcher import compute
 from node import app, daemon
 from node.catalog.book import Outcome
 from node.catalog.expert import FINGERPRINT
-from node.catalog.shelf import Measurable, Shelf
+from node.catalog.shelf import Measurable, Shelf, Sketched
 from node.config import Config
 from node.control.server import Services
 from node.domain.advert import PAYLOAD_TYPE, Advert
@@ -49,10 +50,12 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def sketch(measured: Measurable) -> bytes:
+def sketch(measured: Measurable) -> Sketched:
     leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
     with Checkpoint.open(measured.directory) as checkpoint:
-        return compute(VerifiedSource(checkpoint, leaves), measured.model_id).to_bytes()
+        structure = compute(VerifiedSource(checkpoint, leaves))
+    made = Fingerprint(model_id=measured.model_id, structure=structure, behaviour=None)
+    return Sketched(fingerprint=made.to_bytes())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ def model(number: int, **more: object) -> AdvertisedModel:
         base=None,
         size=1 << 20,
         fingerprint=sha256(b"fingerprint"),
+        sketch=sha256(b"sketch"),
         publisher=sha256(b"publisher"),
         purposes=(Purpose.AUDIT, Purpose.MERGE),
     )
@@ -314,7 +315,7 @@ def test_what_is_stored_of_all_together_is_bounded(store: Store) -> None:
 
 def test_who_contradicts_itself_takes_no_more_room_than_the_proof(store: Store) -> None:
     book = AdvertBook(store, network="demo", me=ME.peer_id, room=3 * LEAST)
-    one, two = (said(MALLORY, *range(n, n + 40)) for n in (0, 50))
+    one, two = (said(MALLORY, *range(n, n + 30)) for n in (0, 50))
     for advert in (one, two):
         book.admit(sealed(advert, MALLORY), NOW)
     assert book.banned(MALLORY.peer_id) and len(sealed(one, MALLORY)) > LEAST

@@ -13,11 +13,12 @@ import pytest
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import canonical, sha256
-from merge_core.simmerge.version1 import compute
+from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.sketcher import compute
 from node.catalog.book import AdvertBook, Query, read
 from node.catalog.gossip import PROTOCOL, Gossip
 from node.catalog.room import LEAST, ROOM
-from node.catalog.shelf import Measurable, Shelf
+from node.catalog.shelf import Measurable, Shelf, Sketched
 from node.domain.advert import PAYLOAD_TYPE, announcement
 from node.domain.negotiation import Purpose
 from node.domain.reasons import Reason
@@ -31,10 +32,12 @@ from node.store import Store
 NOW = 1_760_000_000.0
 
 
-def sketch(measured: Measurable) -> bytes:
+def sketch(measured: Measurable) -> Sketched:
     leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
     with Checkpoint.open(measured.directory) as checkpoint:
-        return compute(VerifiedSource(checkpoint, leaves), measured.model_id).to_bytes()
+        structure = compute(VerifiedSource(checkpoint, leaves))
+    made = Fingerprint(model_id=measured.model_id, structure=structure, behaviour=None)
+    return Sketched(fingerprint=made.to_bytes())
 
 
 async def never(seconds: float) -> None:

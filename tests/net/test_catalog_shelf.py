@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
-from merge_core.simmerge.version1 import compute
-from node.catalog.expert import Origin
+from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.sketcher import compute
+from node.catalog.expert import FINGERPRINT, SKETCH, Origin
 from node.catalog.hashes import HashCache
-from node.catalog.shelf import Added, Measurable, Shelf
+from node.catalog.shelf import Added, Measurable, Shelf, Sketched
 from node.domain.reasons import Reason
 from node.errors import LocalError, Refused, UsageError, VerificationFailed
 from node.identity import keyring
@@ -31,11 +33,13 @@ from node.provenance import oms
 NOW = 1_760_000_000.0
 
 
-def sketch(measured: Measurable) -> bytes:
+def sketch(measured: Measurable) -> Sketched:
     """The fingerprint as the worker computes it: read through the digests, it fails when they are stale."""
     leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
     with Checkpoint.open(measured.directory) as checkpoint:
-        return compute(VerifiedSource(checkpoint, leaves), measured.model_id).to_bytes()
+        structure = compute(VerifiedSource(checkpoint, leaves))
+    made = Fingerprint(model_id=measured.model_id, structure=structure, behaviour=None)
+    return Sketched(fingerprint=made.to_bytes(), silent="the probes are for somebody else")
 
 
 @pytest.fixture
@@ -82,7 +86,9 @@ def test_an_added_model_is_signed_and_its_source_kept(model_dir: Path, add: Add,
     expert = added.expert
     assert (expert.name, expert.licence, expert.origin) == ("tiny", "Apache-2.0", Origin.ADDED)
     assert expert.architecture == "LlamaForCausalLM"
-    assert expert.fingerprint == sha256((expert.folder / "fingerprint.json").read_bytes())
+    assert expert.fingerprint == sha256((expert.folder / FINGERPRINT).read_bytes())
+    assert expert.sketch == sha256((expert.folder / SKETCH).read_bytes())
+    assert added.silent == "the probes are for somebody else"
     signed = oms.verify_directory(expert.directory, alice.publisher.public)
     assert "weft.manifest.json" in signed.files and "notes.bin" not in signed.files
     with Checkpoint.open(expert.directory) as checkpoint:
@@ -134,7 +140,6 @@ def test_what_is_held_survives_a_restart(model_dir: Path, add: Add, shelf: Shelf
     held = again.open(expert.model_id)
     assert Manifest.parse(held.manifest).model_id == held.model_id == expert.model_id
     assert LeafTable.parse(Manifest.parse(held.manifest), held.leaf_table) == held.leaves
-    assert sha256(held.fingerprint) == expert.fingerprint
     assert held.files["model.sig"] == (expert.directory / "model.sig").stat().st_size
     name, span = held.tensors["model.norm.weight"]
     data = (expert.directory / name).read_bytes()[span.begin : span.end]
@@ -270,6 +275,26 @@ def test_a_tensor_is_found_by_its_bytes(model_dir: Path, add: Add, shelf: Shelf)
     assert shelf.locate(content, 64) is None
 
 
+def test_a_model_that_is_added_again_with_other_probes_has_the_new_fingerprint(
+    model_dir: Path, add: Add, shelf: Shelf, alice: Identity
+) -> None:
+    first = add(model_dir, name="one").expert
+    again = add(model_dir, name="two").expert
+    assert (again.fingerprint, again.name) == (first.fingerprint, "two")
+
+    def louder(measured: Measurable) -> Sketched:
+        told = Fingerprint.parse(sketch(measured).fingerprint)
+        quiet = replace(told.structure, layers=())
+        made = Fingerprint(model_id=told.model_id, structure=quiet, behaviour=None)
+        return Sketched(fingerprint=made.to_bytes())
+
+    added = shelf.add(model_dir, identity=alice, sketch=louder, now=NOW)
+    (expert,) = Shelf(shelf.root).experts()
+    assert added.was_there and expert == added.expert and expert.fingerprint != first.fingerprint
+    assert expert.sketch == sha256((expert.folder / SKETCH).read_bytes())
+    assert oms.verify_directory(expert.directory, alice.publisher.public)
+
+
 def test_a_fetched_model_is_moved_in_under_its_publisher(
     model_dir: Path, tmp_path: Path, bob: Identity, alice: Identity, shelf: Shelf
 ) -> None:
@@ -278,7 +303,8 @@ def test_a_fetched_model_is_moved_in_under_its_publisher(
     incoming = tmp_path / "alice" / "incoming" / "x"
     incoming.parent.mkdir(parents=True)
     theirs.directory.rename(incoming)
-    about = {"leaves": leaves, "fingerprint": b"{}", "name": "of bob", "licence": "MIT", "now": NOW}
+    signed = (theirs.folder / FINGERPRINT).read_bytes()
+    about = {"leaves": leaves, "fingerprint": signed, "name": "of bob", "licence": "MIT", "now": NOW}
     with pytest.raises(VerificationFailed, match="signed by"):
         shelf.adopt(incoming, publisher=alice.publisher.key_id, **about)  # type: ignore[arg-type]
     expert = shelf.adopt(incoming, publisher=bob.publisher.key_id, **about)  # type: ignore[arg-type]

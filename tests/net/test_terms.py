@@ -24,7 +24,8 @@ def listing(peer: PeerId, licence: str, publisher: Digest = HONEST, name: str = 
         architecture="LlamaForCausalLM",
         base=None,
         size=1,
-        fingerprint=sha256(b"sketch"),
+        fingerprint=sha256(b"fingerprint"),
+        sketch=sha256(b"sketch"),
         publisher=publisher,
         purposes=(Purpose.MERGE,),
     )

@@ -14,7 +14,7 @@ import pytest
 
 from merge_core.checkpoint.reader import Checkpoint, Measured, measure
 from merge_core.errors import CorruptCheckpoint, MergeCoreError, Unmergeable
-from merge_core.simmerge.version1 import Fingerprint
+from merge_core.simmerge.fingerprint import Fingerprint
 from node.errors import LimitReached, LocalError
 from node.worker import messages, process
 
@@ -33,6 +33,11 @@ def measured_input(directory: Path, where: Path) -> tuple[Measured, dict[str, st
     (where / "leaves.bin").write_bytes(measured.leaves.to_bytes())
     paths = {"manifest": str(where / "manifest.json"), "leaves": str(where / "leaves.bin")}
     return measured, {"directory": str(directory), **paths}
+
+
+def asked(described: dict[str, str], output: Path, probes: str = "") -> dict[str, Any]:
+    """A request for a fingerprint, of the weights alone unless there are probes."""
+    return {"input": described, "output": str(output), "probes": probes}
 
 
 def long_work(tmp_path: Path) -> dict[str, Any]:
@@ -66,10 +71,12 @@ def test_a_worker_that_is_never_asked_ends_with_the_block_that_started_it() -> N
 def test_a_result_and_the_events_before_it_come_back(model_dir: Path, tmp_path: Path) -> None:
     measured, described = measured_input(model_dir, tmp_path / "records")
     events: list[Event] = []
-    result = run("fingerprint", {"input": described, "output": str(tmp_path / "fp.json")}, events.append)
-    fingerprint = Fingerprint.parse((tmp_path / "fp.json").read_bytes())
+    result = run("fingerprint", asked(described, tmp_path / "fp"), events.append)
+    fingerprint = Fingerprint.parse((tmp_path / "fp").read_bytes())
     assert fingerprint.model_id == measured.manifest.model_id
-    assert result == {"digest": fingerprint.digest, "size": (tmp_path / "fp.json").stat().st_size}
+    size = (tmp_path / "fp").stat().st_size
+    assert result == {"digest": fingerprint.digest, "size": size, "silent": ""}
+    assert fingerprint.behaviour is None
     assert events[0]["kind"] == "started" and events[0]["pid"] != os.getpid()
     assert events[-1] == {
         "kind": "progress",
@@ -77,6 +84,17 @@ def test_a_result_and_the_events_before_it_come_back(model_dir: Path, tmp_path: 
         "done": measured.manifest.size,
         "total": measured.manifest.size,
     }
+
+
+def test_a_model_that_cannot_be_asked_has_the_fingerprint_of_its_weights(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    _, described = measured_input(model_dir, tmp_path / "records")
+    result = run("fingerprint", asked(described, tmp_path / "fp", "zoo"))
+    assert result["silent"] == "it has no tokenizer.json"
+    alone = run("fingerprint", asked(described, tmp_path / "alone"))
+    assert (tmp_path / "fp").read_bytes() == (tmp_path / "alone").read_bytes()
+    assert alone["digest"] == result["digest"]
 
 
 def test_a_flipped_bit_in_the_weights_comes_back_as_corrupt_checkpoint(
@@ -88,19 +106,19 @@ def test_a_flipped_bit_in_the_weights_comes_back_as_corrupt_checkpoint(
     damaged[-1000] ^= 1
     weights.write_bytes(damaged)
     with pytest.raises(CorruptCheckpoint, match="not what was published") as caught:
-        run("fingerprint", {"input": described, "output": str(tmp_path / "fp.json")})
+        run("fingerprint", asked(described, tmp_path / "fp"))
     assert "weft verify" in caught.value.hint
-    assert not (tmp_path / "fp.json").exists()
+    assert not (tmp_path / "fp").exists()
 
 
 def test_a_missing_file_comes_back_as_an_error_of_this_machine(model_dir: Path, tmp_path: Path) -> None:
     _, described = measured_input(model_dir, tmp_path / "records")
     with pytest.raises(LocalError, match="No such file"):
-        run("fingerprint", {"input": described, "output": str(tmp_path / "nowhere" / "fp.json")})
+        run("fingerprint", asked(described, tmp_path / "nowhere" / "fp"))
 
 
 def test_what_nobody_raised_on_purpose_names_the_fault_and_keeps_the_traceback() -> None:
-    with pytest.raises(LocalError, match="worker for fingerprint failed: KeyError: 'input'") as caught:
+    with pytest.raises(LocalError, match="worker for fingerprint failed: KeyError: 'probes'") as caught:
         run("fingerprint", {})
     assert "Traceback" in "".join(caught.value.__notes__)
 
@@ -189,7 +207,7 @@ def test_what_a_library_prints_does_not_disturb_the_messages(
     (tmp_path / "startup").mkdir()
     (tmp_path / "startup" / "sitecustomize.py").write_text(NOISE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "startup"), prepend=os.pathsep)
-    assert run("fingerprint", {"input": described, "output": str(tmp_path / "fp.json")})["size"] > 0
+    assert run("fingerprint", asked(described, tmp_path / "fp"))["size"] > 0
 
 
 def test_a_worker_whose_parent_is_already_gone_does_nothing() -> None:
@@ -205,7 +223,7 @@ def test_the_directory_one_stands_in_provides_no_code(
     _, described = measured_input(model_dir, tmp_path / "records")
     (model_dir / "numpy.py").write_text("raise SystemExit('code of a checkpoint ran')")
     monkeypatch.chdir(model_dir)
-    assert run("fingerprint", {"input": described, "output": str(tmp_path / "fp.json")})["size"] > 0
+    assert run("fingerprint", asked(described, tmp_path / "fp"))["size"] > 0
 
 
 def test_the_side_that_asks_imports_no_torch() -> None:

@@ -84,18 +84,20 @@ class ShutdownResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PeerView(_message.Message):
-    __slots__ = ("peer_id", "addresses", "direction", "latency_ms", "experts")
+    __slots__ = ("peer_id", "addresses", "direction", "latency_ms", "experts", "fault")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
     LATENCY_MS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     addresses: _containers.RepeatedScalarFieldContainer[str]
     direction: str
     latency_ms: float
     experts: int
-    def __init__(self, peer_id: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., direction: _Optional[str] = ..., latency_ms: _Optional[float] = ..., experts: _Optional[int] = ...) -> None: ...
+    fault: str
+    def __init__(self, peer_id: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., direction: _Optional[str] = ..., latency_ms: _Optional[float] = ..., experts: _Optional[int] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class ListPeersRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
@@ -150,7 +152,7 @@ class AnnounceResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., experts: _Optional[int] = ...) -> None: ...
 
 class Expert(_message.Message):
-    __slots__ = ("model_id", "name", "licence", "architecture", "base", "size", "publisher", "holders", "local")
+    __slots__ = ("model_id", "name", "licence", "architecture", "base", "size", "publisher", "holders", "local", "fault")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     LICENCE_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +162,7 @@ class Expert(_message.Message):
     PUBLISHER_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     name: str
     licence: str
@@ -169,7 +172,8 @@ class Expert(_message.Message):
     publisher: str
     holders: _containers.RepeatedScalarFieldContainer[str]
     local: bool
-    def __init__(self, model_id: _Optional[str] = ..., name: _Optional[str] = ..., licence: _Optional[str] = ..., architecture: _Optional[str] = ..., base: _Optional[str] = ..., size: _Optional[int] = ..., publisher: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., local: _Optional[bool] = ...) -> None: ...
+    fault: str
+    def __init__(self, model_id: _Optional[str] = ..., name: _Optional[str] = ..., licence: _Optional[str] = ..., architecture: _Optional[str] = ..., base: _Optional[str] = ..., size: _Optional[int] = ..., publisher: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., local: _Optional[bool] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class SearchExpertsRequest(_message.Message):
     __slots__ = ("query", "page_size", "page_token")

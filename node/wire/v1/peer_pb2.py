@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17node/wire/v1/peer.proto\x12\x07weft.v1\"/\n\x08ModelRef\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tpublisher\x18\x02 \x01(\t\"3\n\x0f\x44\x65scribeRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\"G\n\x10\x44\x65scribeResponse\x12\x11\n\tpublisher\x18\x01 \x01(\t\x12 \n\x05\x66iles\x18\x02 \x03(\x0b\x32\x11.weft.v1.HeldFile\"&\n\x08HeldFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\"7\n\x13ReadManifestRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\"8\n\x14ReadLeafTableRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\":\n\x16ReadFingerprintRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\"a\n\x0fReadFileRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0e\n\x06length\x18\x04 \x01(\x03\"[\n\x11ReadLeavesRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\x12$\n\x06ranges\x18\x02 \x03(\x0b\x32\x14.weft.v1.TensorRange\"=\n\x0bTensorRange\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\"\x0f\n\rManifestPiece\"\x10\n\x0eLeafTablePiece\"\x12\n\x10\x46ingerprintPiece\"\x0b\n\tFilePiece\"\x0b\n\tLeafPiece*\xa0\x02\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14REASON_UNKNOWN_MODEL\x10\x01\x12\x1e\n\x1aREASON_LICENCE_NOT_GRANTED\x10\x02\x12\x1e\n\x1aREASON_PURPOSE_NOT_ALLOWED\x10\x03\x12\x1b\n\x17REASON_PEER_NOT_ALLOWED\x10\x04\x12\x19\n\x15REASON_QUOTA_EXCEEDED\x10\x05\x12\x17\n\x13REASON_NOT_ENTITLED\x10\x06\x12\x12\n\x0eREASON_EXPIRED\x10\x07\x12\x14\n\x10REASON_MALFORMED\x10\x08\x12\x0f\n\x0bREASON_BUSY\x10\t\x12\x18\n\x14REASON_WRONG_NETWORK\x10\n2\xa7\x03\n\x04Peer\x12?\n\x08\x44\x65scribe\x12\x18.weft.v1.DescribeRequest\x1a\x19.weft.v1.DescribeResponse\x12\x46\n\x0cReadManifest\x12\x1c.weft.v1.ReadManifestRequest\x1a\x16.weft.v1.ManifestPiece0\x01\x12I\n\rReadLeafTable\x12\x1d.weft.v1.ReadLeafTableRequest\x1a\x17.weft.v1.LeafTablePiece0\x01\x12O\n\x0fReadFingerprint\x12\x1f.weft.v1.ReadFingerprintRequest\x1a\x19.weft.v1.FingerprintPiece0\x01\x12:\n\x08ReadFile\x12\x18.weft.v1.ReadFileRequest\x1a\x12.weft.v1.FilePiece0\x01\x12>\n\nReadLeaves\x12\x1a.weft.v1.ReadLeavesRequest\x1a\x12.weft.v1.LeafPiece0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17node/wire/v1/peer.proto\x12\x07weft.v1\"/\n\x08ModelRef\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tpublisher\x18\x02 \x01(\t\"3\n\x0f\x44\x65scribeRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\"G\n\x10\x44\x65scribeResponse\x12\x11\n\tpublisher\x18\x01 \x01(\t\x12 \n\x05\x66iles\x18\x02 \x03(\x0b\x32\x11.weft.v1.HeldFile\"&\n\x08HeldFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\"7\n\x13ReadManifestRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\"8\n\x14ReadLeafTableRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\"a\n\x0fReadFileRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0e\n\x06length\x18\x04 \x01(\x03\"[\n\x11ReadLeavesRequest\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.weft.v1.ModelRef\x12$\n\x06ranges\x18\x02 \x03(\x0b\x32\x14.weft.v1.TensorRange\"=\n\x0bTensorRange\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\"\x0f\n\rManifestPiece\"\x10\n\x0eLeafTablePiece\"\x0b\n\tFilePiece\"\x0b\n\tLeafPiece*\xa0\x02\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14REASON_UNKNOWN_MODEL\x10\x01\x12\x1e\n\x1aREASON_LICENCE_NOT_GRANTED\x10\x02\x12\x1e\n\x1aREASON_PURPOSE_NOT_ALLOWED\x10\x03\x12\x1b\n\x17REASON_PEER_NOT_ALLOWED\x10\x04\x12\x19\n\x15REASON_QUOTA_EXCEEDED\x10\x05\x12\x17\n\x13REASON_NOT_ENTITLED\x10\x06\x12\x12\n\x0eREASON_EXPIRED\x10\x07\x12\x14\n\x10REASON_MALFORMED\x10\x08\x12\x0f\n\x0bREASON_BUSY\x10\t\x12\x18\n\x14REASON_WRONG_NETWORK\x10\n2\xd6\x02\n\x04Peer\x12?\n\x08\x44\x65scribe\x12\x18.weft.v1.DescribeRequest\x1a\x19.weft.v1.DescribeResponse\x12\x46\n\x0cReadManifest\x12\x1c.weft.v1.ReadManifestRequest\x1a\x16.weft.v1.ManifestPiece0\x01\x12I\n\rReadLeafTable\x12\x1d.weft.v1.ReadLeafTableRequest\x1a\x17.weft.v1.LeafTablePiece0\x01\x12:\n\x08ReadFile\x12\x18.weft.v1.ReadFileRequest\x1a\x12.weft.v1.FilePiece0\x01\x12>\n\nReadLeaves\x12\x1a.weft.v1.ReadLeavesRequest\x1a\x12.weft.v1.LeafPiece0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'node.wire.v1.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REASON']._serialized_start=763
-  _globals['_REASON']._serialized_end=1051
+  _globals['_REASON']._serialized_start=683
+  _globals['_REASON']._serialized_end=971
   _globals['_MODELREF']._serialized_start=36
   _globals['_MODELREF']._serialized_end=83
   _globals['_DESCRIBEREQUEST']._serialized_start=85
@@ -45,24 +45,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READMANIFESTREQUEST']._serialized_end=306
   _globals['_READLEAFTABLEREQUEST']._serialized_start=308
   _globals['_READLEAFTABLEREQUEST']._serialized_end=364
-  _globals['_READFINGERPRINTREQUEST']._serialized_start=366
-  _globals['_READFINGERPRINTREQUEST']._serialized_end=424
-  _globals['_READFILEREQUEST']._serialized_start=426
-  _globals['_READFILEREQUEST']._serialized_end=523
-  _globals['_READLEAVESREQUEST']._serialized_start=525
-  _globals['_READLEAVESREQUEST']._serialized_end=616
-  _globals['_TENSORRANGE']._serialized_start=618
-  _globals['_TENSORRANGE']._serialized_end=679
-  _globals['_MANIFESTPIECE']._serialized_start=681
-  _globals['_MANIFESTPIECE']._serialized_end=696
-  _globals['_LEAFTABLEPIECE']._serialized_start=698
-  _globals['_LEAFTABLEPIECE']._serialized_end=714
-  _globals['_FINGERPRINTPIECE']._serialized_start=716
-  _globals['_FINGERPRINTPIECE']._serialized_end=734
-  _globals['_FILEPIECE']._serialized_start=736
-  _globals['_FILEPIECE']._serialized_end=747
-  _globals['_LEAFPIECE']._serialized_start=749
-  _globals['_LEAFPIECE']._serialized_end=760
-  _globals['_PEER']._serialized_start=1054
-  _globals['_PEER']._serialized_end=1477
+  _globals['_READFILEREQUEST']._serialized_start=366
+  _globals['_READFILEREQUEST']._serialized_end=463
+  _globals['_READLEAVESREQUEST']._serialized_start=465
+  _globals['_READLEAVESREQUEST']._serialized_end=556
+  _globals['_TENSORRANGE']._serialized_start=558
+  _globals['_TENSORRANGE']._serialized_end=619
+  _globals['_MANIFESTPIECE']._serialized_start=621
+  _globals['_MANIFESTPIECE']._serialized_end=636
+  _globals['_LEAFTABLEPIECE']._serialized_start=638
+  _globals['_LEAFTABLEPIECE']._serialized_end=654
+  _globals['_FILEPIECE']._serialized_start=656
+  _globals['_FILEPIECE']._serialized_end=667
+  _globals['_LEAFPIECE']._serialized_start=669
+  _globals['_LEAFPIECE']._serialized_end=680
+  _globals['_PEER']._serialized_start=974
+  _globals['_PEER']._serialized_end=1316
 # @@protoc_insertion_point(module_scope)

@@ -74,12 +74,6 @@ class ReadLeafTableRequest(_message.Message):
     model: ModelRef
     def __init__(self, model: _Optional[_Union[ModelRef, _Mapping]] = ...) -> None: ...
 
-class ReadFingerprintRequest(_message.Message):
-    __slots__ = ("model",)
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    model: ModelRef
-    def __init__(self, model: _Optional[_Union[ModelRef, _Mapping]] = ...) -> None: ...
-
 class ReadFileRequest(_message.Message):
     __slots__ = ("model", "path", "offset", "length")
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -115,10 +109,6 @@ class ManifestPiece(_message.Message):
     def __init__(self) -> None: ...
 
 class LeafTablePiece(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class FingerprintPiece(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

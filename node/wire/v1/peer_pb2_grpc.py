@@ -51,11 +51,6 @@ class PeerStub:
                 request_serializer=node_dot_wire_dot_v1_dot_peer__pb2.ReadLeafTableRequest.SerializeToString,
                 response_deserializer=node_dot_wire_dot_v1_dot_peer__pb2.LeafTablePiece.FromString,
                 _registered_method=True)
-        self.ReadFingerprint = channel.unary_stream(
-                '/weft.v1.Peer/ReadFingerprint',
-                request_serializer=node_dot_wire_dot_v1_dot_peer__pb2.ReadFingerprintRequest.SerializeToString,
-                response_deserializer=node_dot_wire_dot_v1_dot_peer__pb2.FingerprintPiece.FromString,
-                _registered_method=True)
         self.ReadFile = channel.unary_stream(
                 '/weft.v1.Peer/ReadFile',
                 request_serializer=node_dot_wire_dot_v1_dot_peer__pb2.ReadFileRequest.SerializeToString,
@@ -94,13 +89,6 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ReadFingerprint(self, request, context):
-        """The fingerprint that the advert names. Needs no agreement.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def ReadFile(self, request, context):
         """A range of one published file. Needs an agreement, except for config, tokenizer and chat template.
         """
@@ -132,11 +120,6 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.ReadLeafTable,
                     request_deserializer=node_dot_wire_dot_v1_dot_peer__pb2.ReadLeafTableRequest.FromString,
                     response_serializer=node_dot_wire_dot_v1_dot_peer__pb2.LeafTablePiece.SerializeToString,
-            ),
-            'ReadFingerprint': grpc.unary_stream_rpc_method_handler(
-                    servicer.ReadFingerprint,
-                    request_deserializer=node_dot_wire_dot_v1_dot_peer__pb2.ReadFingerprintRequest.FromString,
-                    response_serializer=node_dot_wire_dot_v1_dot_peer__pb2.FingerprintPiece.SerializeToString,
             ),
             'ReadFile': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadFile,
@@ -232,33 +215,6 @@ class Peer:
             '/weft.v1.Peer/ReadLeafTable',
             node_dot_wire_dot_v1_dot_peer__pb2.ReadLeafTableRequest.SerializeToString,
             node_dot_wire_dot_v1_dot_peer__pb2.LeafTablePiece.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ReadFingerprint(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/weft.v1.Peer/ReadFingerprint',
-            node_dot_wire_dot_v1_dot_peer__pb2.ReadFingerprintRequest.SerializeToString,
-            node_dot_wire_dot_v1_dot_peer__pb2.FingerprintPiece.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,9 +13,12 @@ from safetensors.numpy import save_file
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import ModelId
-from merge_core.simmerge.version1 import compute
+from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.sketcher import compute
 from node.catalog.expert import Expert
-from node.catalog.shelf import Measurable, Shelf
+from node.catalog.fingerprint_cache import FingerprintCache
+from node.catalog.fingerprints import Known
+from node.catalog.shelf import Measurable, Shelf, Sketched
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import Refused
@@ -28,11 +31,13 @@ from node.peer.server import PeerServer
 NOW = 1_800_000_000.0
 
 
-def sketch(measured: Measurable) -> bytes:
+def sketch(measured: Measurable) -> Sketched:
     """The fingerprint as a worker computes it."""
     leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
     with Checkpoint.open(measured.directory) as checkpoint:
-        return compute(VerifiedSource(checkpoint, leaves), measured.model_id).to_bytes()
+        structure = compute(VerifiedSource(checkpoint, leaves))
+    made = Fingerprint(model_id=measured.model_id, structure=structure, behaviour=None)
+    return Sketched(fingerprint=made.to_bytes())
 
 
 @pytest.fixture
@@ -106,6 +111,7 @@ class Node:
 class World:
     """Nodes that were started, and the clients between them."""
 
+    folder: Path
     nodes: list[Node] = field(default_factory=list)
     clients: list[PeerClient] = field(default_factory=list)
 
@@ -114,6 +120,7 @@ class World:
         shelf: Any,
         server: Callable[..., PeerServer] = PeerServer,
         *,
+        similarity: Any = None,
         host: keyring.HostKey | None = None,
         **options: Any,
     ) -> Node:
@@ -126,7 +133,12 @@ class World:
             clock=lambda: made[0].now if made else NOW, allowed=lambda peer: peer not in made[0].banned
         )
         serving = server(
-            shelf=shelf, entitlements=ledger, admitted=admitted, certificate=certificate, **options
+            shelf=shelf,
+            similarity=similarity or Known(shelf, FingerprintCache(self.folder)),
+            entitlements=ledger,
+            admitted=admitted,
+            certificate=certificate,
+            **options,
         )
         node = Node(
             peer=host.peer_id, certificate=certificate, admitted=admitted, ledger=ledger, server=serving
@@ -152,9 +164,9 @@ class World:
 
 
 @pytest.fixture
-async def world(anyio_backend: str) -> AsyncIterator[World]:
+async def world(anyio_backend: str, tmp_path: Path) -> AsyncIterator[World]:
     """An empty world; whatever was started in it is stopped."""
-    made = World()
+    made = World(folder=tmp_path / "fingerprints")
     yield made
     for client in made.clients:
         await client.close()

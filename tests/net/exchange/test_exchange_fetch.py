@@ -17,7 +17,6 @@ import pytest
 from merge_core.checkpoint import merkle
 from merge_core.digest import Digest, ModelId
 from merge_core.errors import CorruptCheckpoint
-from node.domain.holding import ModelRef
 from node.domain.reasons import Reason
 from node.errors import LimitReached, LocalError, NotEnoughPeers, PeerError, Refused
 from node.exchange import lookup
@@ -46,7 +45,7 @@ def lying(published: Any, folder: Path, change: Callable[[Path], None], **claims
     held = published.shelf.open(published.expert.model_id)
     copy = Path(shutil.copytree(held.directory, folder))
     change(copy)
-    told = {name: getattr(held, name) for name in ("publisher", "manifest", "leaf_table", "fingerprint")}
+    told = {name: getattr(held, name) for name in ("publisher", "manifest", "leaf_table")}
     told |= {"directory": copy, "files": held.files, "tensors": held.tensors, **claims}
     return SimpleNamespace(open=lambda *_: SimpleNamespace(**told))
 
@@ -434,13 +433,20 @@ async def test_manifest_config_and_fingerprint_can_be_had_without_an_agreement(
         sorted(tokenizer) == ["config.json", "tokenizer.json"]
         and tokenizer["tokenizer.json"] == b'{"model":{}}'
     )
-    ref = ModelRef(model_id=expert.model_id, publisher=Digest(expert.publisher))
-    sketch = await lookup.read_fingerprint([client], ref, expert.fingerprint)
+    sketch = await lookup.read_fingerprint([client], expert.model_id, expert.fingerprint)
     assert SignedFingerprint.parse(sketch).fingerprint.model_id == expert.model_id
     with pytest.raises(NotEnoughPeers, match="is not a merge"):
         await lookup.read_plan([client], expert.model_id)
+    with pytest.raises(Refused) as refused:
+        await lookup.read_fingerprint([client], expert.model_id, Digest("sha256:" + "1" * 64))
+    assert refused.value.reason is Reason.UNKNOWN_MODEL
+    with pytest.raises(NotEnoughPeers, match="another model's fingerprint"):
+        await lookup.read_fingerprint([client], ModelId("sha256:" + "1" * 64), expert.fingerprint)
+    liar = await world.node(published.shelf, similarity=SimpleNamespace(fingerprint=lambda digest: sketch))
     with pytest.raises(NotEnoughPeers, match="another fingerprint"):
-        await lookup.read_fingerprint([client], ref, Digest("sha256:" + "1" * 64))
+        await lookup.read_fingerprint(
+            [world.client(asker, liar)], expert.model_id, Digest("sha256:" + "1" * 64)
+        )
 
 
 def test_what_was_fetched_passes_the_signature_check(published: Any) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import grpc
 import pytest
 
-from merge_core.digest import Digest, ModelId
+from merge_core.digest import Digest, ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
+from node.domain import sketches
 from node.domain.holding import ByteRange, ModelRef
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
@@ -57,7 +58,13 @@ async def test_an_admitted_peer_reads_what_was_agreed(world: Any, published: Any
     manifest = await read(client.manifest(ref(published)))
     assert "sha256:" + hashlib.sha256(manifest).hexdigest() == model
     assert await read(client.leaf_table(ref(published))) == held.leaf_table
-    assert await read(client.fingerprint(ref(published))) == held.fingerprint
+    whole = (published.expert.folder / "fingerprint.bin").read_bytes()
+    digest, sketch = published.expert.fingerprint, published.expert.sketch
+    assert await read(client.fingerprint(digest)) == whole
+    assert await read(client.fingerprint(digest, 100)) == whole[100:]
+    unknown = sha256(b"unknown")
+    answer = sketches.unpack(await read(client.sketches([unknown, sketch])), [unknown, sketch])
+    assert [sha256(mini) for mini in answer.values()] == [sketch]
 
     weights = (held.directory / "model.safetensors").read_bytes()
     assert await read(client.file(ref(published), "model.safetensors", 5, 3_000_000)) == weights[5:3_000_005]
@@ -159,6 +166,11 @@ async def test_what_is_not_there_or_not_well_asked_is_refused_with_its_reason(
             client.leaves(ref(published), [ByteRange(tensor="a.bias", offset=0, length=28)] * 5000),
             Reason.MALFORMED,
         ),
+        (client.fingerprint(sha256(b"unknown")), Reason.UNKNOWN_MODEL),
+        (client.fingerprint(published.expert.fingerprint, 1 << 30), Reason.MALFORMED),
+        (client.fingerprint(published.expert.fingerprint, -1), Reason.MALFORMED),
+        (client.sketches([]), Reason.MALFORMED),
+        (client.sketches([published.expert.sketch] * 1001), Reason.MALFORMED),
     ]
     for stream, reason in cases:
         with pytest.raises(Refused) as caught:

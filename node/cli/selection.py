@@ -1,0 +1,155 @@
+"""Verbs that choose before anything moves: sim, partners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from node.cli import render
+from node.cli.output import escape, out, size, table
+
+if TYPE_CHECKING:
+    from node.selection.candidate import Candidate
+
+Data = dict[str, Any]
+
+_COLUMN = 12
+"""Characters of a model's name above a column."""
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    """Hang these verbs on the command."""
+    verbs: tuple[Callable[..., None], ...] = (sim, partners)
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
+
+
+Base = Annotated[
+    str | None,
+    typer.Option(help="What they were trained from; else what all of them name.", show_default=False),
+]
+Probes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", show_default=False, help="Texts to compare directories on; else the settings'."
+    ),
+]
+
+
+def silent(directory: Path, why: str) -> None:
+    """Tell why a model is compared by its weights alone."""
+    out.say(f"[dim]{escape(directory.name)} is compared by its weights alone: {escape(why)}[/]")
+
+
+def sim(
+    models: Annotated[list[str], typer.Argument(help="Directories, names on the shelf or of peers, ids.")],
+    base: Base = None,
+    probes: Probes = None,
+) -> None:
+    """Show how alike models are, estimated from their fingerprints: no weights move."""
+    from node import app
+    from node.errors import UsageError
+    from node.home import Home
+    from node.selection import similarity
+
+    if len(models) < 2:
+        raise UsageError("one model alone is like nothing", hint=f"weft partners {models[0]}")
+    found, known = app.candidates(Home.default(), models, base=base, probes=probes, silent=silent)
+    compared = similarity.compare(found, known)
+    data = {
+        "models": [candidate_data(candidate) for candidate in found],
+        "base": candidate_data(known) if known else None,
+        **compared.to_json(),
+        "missing": list(compared.missing),
+        "moved": sum(candidate.moved for candidate in (*found, *filter(None, [known]))),
+    }
+    out.result(data, lambda console: _matrices(console, data))
+
+
+def partners(
+    expert: Annotated[str, typer.Argument(help="A directory, a name on the shelf or of a peer, an id.")],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=100, help="How many to show.")] = 10,
+    base: Base = None,
+    probes: Probes = None,
+) -> None:
+    """Find who fits an expert best among all that is advertised: minis first, then whole fingerprints."""
+    from node import app
+    from node.home import Home
+    from node.selection import similarity
+
+    mine, known, found, compared, moved = app.partners(
+        Home.default(), expert, count, base=base, probes=probes
+    )
+    told = similarity.compare([mine, *found], known) if found else None
+    rows = [
+        candidate_data(other)
+        | {name: cells[0][number] for name, cells in (told.cells if told else {}).items()}
+        for number, other in enumerate(found, 1)
+    ]
+    data = {
+        "expert": candidate_data(mine),
+        "base": candidate_data(known) if known else None,
+        "compared": compared,
+        "moved": moved + sum(candidate.moved for candidate in (mine, *found)),
+        "partners": rows,
+    }
+    out.result(data, lambda console: _partners(console, data))
+
+
+def candidate_data(candidate: Candidate) -> Data:
+    """A model as `--json` tells of it."""
+    return {
+        "name": candidate.name,
+        "model_id": str(candidate.model_id),
+        "reference": candidate.reference,
+        "fingerprint": str(candidate.fingerprint.digest),
+        "author": candidate.author,
+        "behaviour": candidate.fingerprint.behaviour is not None,
+    }
+
+
+def _matrices(console: Console, data: Data) -> None:
+    from node.selection.similarity import MEASURES
+
+    names = [model["name"] for model in data["models"]]
+    columns = ["", *(_fits(name) for name in names)]
+    for measure in MEASURES:
+        cells = data["measures"][measure.name]
+        if any(value is not None for row in cells for value in row):
+            rows = [(name, *map(_figure, row)) for name, row in zip(names, cells, strict=True)]
+            console.print(table(measure.words, columns, rows))
+    for words in data["missing"]:
+        out.say(f"[dim]{escape(words)}[/]")
+    moved(data["moved"])
+
+
+def _partners(console: Console, data: Data) -> None:
+    if not data["partners"]:
+        console.print("nobody advertises a model that can be compared; see: weft search")
+        return
+    shown = ("task_cosine", "weight_cosine", "sign_agreement", "js", "agreement")
+    rows = [
+        (p["name"], render.short(p["model_id"]), *(_figure(p[name]) for name in shown))
+        for p in data["partners"]
+    ]
+    columns = ("name", "model id", "task cosine", "weight cosine", "one sign", "JS", "same token")
+    console.print(table("", columns, rows))
+    out.say(f"[dim]{data['compared']} models were compared[/]")
+    moved(data["moved"])
+
+
+def moved(count: int) -> None:
+    """Tell what it cost."""
+    out.say(f"[dim]{size(count)} moved, no weights[/]")
+
+
+def _fits(name: str) -> str:
+    return name if len(name) <= _COLUMN else f"…{name[1 - _COLUMN :]}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

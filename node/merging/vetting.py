@@ -1,0 +1,102 @@
+"""Vetting: whether weights that came here are those that their advertised fingerprint was made of.
+
+A fingerprint chooses merges before any weights move, so lying in it pays. Its structure follows from the
+weights to the bit: when a model has come, and before it is kept or merged, a worker reads it once more, every
+leaf hashed again, and computes the structure of just those bytes. If it is another one, the model goes, the
+job ends, and what was found is signed and told to everybody (`node.provenance.fault`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from merge_core.checkpoint.published import MANIFEST_FILE
+from merge_core.digest import Digest
+from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.structure import Structure, first_difference
+from node.catalog import sketching
+from node.catalog.shelf import Measurable
+from node.domain.ids import PeerId
+from node.errors import FalseFingerprint
+from node.exchange.fetch import Fetched
+from node.provenance import fault
+from node.provenance.fault import Fault
+from node.provenance.sketch import SignedFingerprint
+from node.records.book import Judgement, RecordBook
+
+Measure = Callable[[Measurable], Awaitable[Structure]]
+Say = Callable[[Any], Awaitable[None]]
+
+
+async def measure_in_worker(measured: Measurable) -> Structure:
+    """Compute the structure of a checkpoint, each leaf checked as it is read; never runs the model."""
+    made = await sketching.sketch(measured, probes="")
+    return Fingerprint.parse(made.fingerprint).structure
+
+
+class Vetting:
+    """What this node finds out about fingerprints, and whom it tells."""
+
+    def __init__(
+        self, faults: RecordBook[Fault], me: PeerId, *, say: Say, measure: Measure = measure_in_worker
+    ) -> None:
+        self._faults = faults
+        self._me = me
+        self._say = say
+        self._measure = measure
+
+    def distrusted(self) -> frozenset[Digest]:
+        """The fingerprints, by digest without signature, that this node itself has found to be false."""
+        return frozenset(
+            record.value.sworn.fingerprint for record in self._faults.records() if record.author == self._me
+        )
+
+    def expect_honest(self, signed: SignedFingerprint) -> None:
+        """Raise FalseFingerprint where this node has found this fingerprint false before."""
+        for record in self._faults.records():
+            if record.author == self._me and record.value.sworn.fingerprint == signed.sworn.fingerprint:
+                raise _lie(record.value, "found before")
+
+    async def vet(self, signed: SignedFingerprint, fetched: Fetched) -> None:
+        """Hold a fetched model against its fingerprint; raises FalseFingerprint, and tells everybody."""
+        structure = await self._structure(fetched)
+        found = fault.between(signed, structure.digest)
+        if found is not None:
+            await self._say(found.to_json())
+        self._settle(signed, structure)
+        if found is not None:
+            where = first_difference(signed.fingerprint.structure, structure)
+            raise _lie(found, f"first in {where}")
+
+    def _settle(self, signed: SignedFingerprint, structure: Structure) -> None:
+        """Note of what others said about this fingerprint whether it is so."""
+        for record in self._faults.records():
+            if record.value.sworn.fingerprint == signed.sworn.fingerprint:
+                holds = record.value.found == structure.digest
+                self._faults.judge(record.digest, Judgement.HOLDS if holds else Judgement.REFUTED)
+
+    async def _structure(self, fetched: Fetched) -> Structure:
+        with TemporaryDirectory(prefix="weft-") as folder:
+            leaves = Path(folder) / "leaves.bin"
+            await asyncio.to_thread(leaves.write_bytes, fetched.leaves.to_bytes())
+            return await self._measure(
+                Measurable(
+                    model_id=fetched.manifest.model_id,
+                    directory=fetched.directory,
+                    manifest=fetched.directory / MANIFEST_FILE,
+                    leaves=leaves,
+                )
+            )
+
+
+def _lie(found: Fault, how: str) -> FalseFingerprint:
+    author = found.sworn.author
+    return FalseFingerprint(
+        f"{found.sworn.model_id} is not what its fingerprint says ({how}): publisher"
+        f" {author.publisher.key_id}, peer {author.peer_id}, signed a false one",
+        publisher=author.publisher.key_id,
+    )

@@ -1,0 +1,85 @@
+"""What merges turned out to be worth: outcomes that peers sign, and what this node learns from them.
+
+Every node keeps the same records whatever order they came in (`node.records`), and the bandit's state is a
+sum over them: nodes that were told the same have learned the same, to the byte. A measurement is its author's
+word. One that this node has made itself, of the same merge at the same items, settles what others say of it
+(`settle`); who was wrong by more than chance is left out from then on. `spot` says which to try again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from merge_core.digest import Digest, canonical, parse_canonical, sha256
+from merge_core.errors import CorruptCheckpoint
+from merge_core.simmerge.bandit import Bandit
+from merge_core.simmerge.outcomes import UNIT, Outcome
+from merge_core.simmerge.predictor import Predictor
+from node.domain.ids import PeerId
+from node.records.book import Judgement, Kind, Record, RecordBook
+
+TOLERANCE = UNIT // 20
+"""What two measurements of one merge at the same items may differ by: machines round, items are the same."""
+
+
+def _read(body: Any) -> Outcome:
+    try:
+        return Outcome.parse(canonical(body))
+    except CorruptCheckpoint as error:
+        raise ValueError(error.why) from error
+
+
+OUTCOMES: Kind[Outcome] = Kind(name="outcomes", read=_read, of_one=256, of_all=4096)
+
+
+def body(outcome: Outcome) -> Any:
+    """An outcome as the body of a record."""
+    return parse_canonical(outcome.to_bytes())
+
+
+def learned(predictor: Predictor, book: RecordBook[Outcome]) -> Bandit:
+    """What all records say, those of peers left out whom this node has caught with a wrong one."""
+    bandit = Bandit(predictor)
+    records, judged = book.records(), book.judged()
+    wrong = doubted(records, judged)
+    for record in records:
+        if record.author not in wrong:
+            bandit.add(record.author, record.value)
+    return bandit
+
+
+def doubted(records: Iterable[Record[Outcome]], judged: Mapping[Digest, Judgement]) -> frozenset[PeerId]:
+    """The authors of records that this node has refuted."""
+    return frozenset(r.author for r in records if judged.get(r.digest) is Judgement.REFUTED)
+
+
+def settle(book: RecordBook[Outcome], own: Outcome) -> None:
+    """Hold what others say of a merge against what this node has measured of it."""
+    for record in book.records():
+        if record.value.claim == own.claim and record.value.digest != own.digest:
+            near = abs(record.value.utility - own.utility) <= TOLERANCE
+            book.judge(record.digest, Judgement.HOLDS if near else Judgement.REFUTED)
+
+
+def spot(
+    book: RecordBook[Outcome],
+    me: PeerId,
+    *,
+    nonce: bytes,
+    here: Callable[[Digest], bool],
+    count: int = 1,
+) -> Sequence[Record[Outcome]]:
+    """Records to try again: others', not judged yet, of two fingerprints whose models are `here`.
+
+    Drawn by a nonce that nobody else knows, so that no author can tell which; of each author one at most.
+    """
+    judged = book.judged()
+    drawn: dict[PeerId, tuple[str, Record[Outcome]]] = {}
+    for record in book.records():
+        if record.author == me or record.digest in judged or not all(map(here, record.value.pair)):
+            continue
+        lot = sha256(nonce + record.digest.encode())
+        if record.author not in drawn or lot < drawn[record.author][0]:
+            drawn[record.author] = (lot, record)
+    return [record for _, record in sorted(drawn.values(), key=lambda pair: pair[0])[:count]]

@@ -1,0 +1,268 @@
+"""Choosing by fingerprints: two nodes in one process, everything real but libp2p."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from merge_core.checkpoint.manifest import LeafTable, Manifest
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
+from merge_core.digest import sha256
+from merge_core.errors import InvalidRecipe
+from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.sketcher import compute
+from node import app, daemon
+from node.catalog.book import Outcome
+from node.catalog.shelf import Measurable, Shelf, Sketched
+from node.cli import main
+from node.config import Config
+from node.control import running
+from node.control.client import ControlClient
+from node.control.server import Services
+from node.domain.advert import PAYLOAD_TYPE, Advert
+from node.domain.job import Created, JobKind, JobState
+from node.errors import NotEnoughPeers
+from node.home import Home
+from node.identity.envelopes import seal
+from node.identity.keys import HostKey
+from node.network.memory import Fabric, MemoryNetwork
+from node.provenance.fault import Standing, accusations
+
+pytestmark = pytest.mark.anyio
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16}
+SHAPES = {
+    "model.embed_tokens.weight": (64, 16),
+    "model.layers.0.mlp.up_proj.weight": (40, 16),
+    "model.norm.weight": (16,),
+}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def write(directory: Path, *seeds: int) -> Path:
+    """A base and, for each further seed, a step away from it."""
+    directory.mkdir(parents=True)
+    draws = [np.random.default_rng(seed) for seed in seeds]
+    tensors = {
+        name: sum(
+            (0.1 if step else 1.0) * draw.standard_normal(shape) for step, draw in enumerate(draws)
+        ).astype(np.float32)  # type: ignore[union-attr]
+        for name, shape in SHAPES.items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "README.md").write_text("---\nlicense: mit\n---\n")
+    return directory
+
+
+def sketch(measured: Measurable) -> Sketched:
+    leaves = LeafTable.parse(Manifest.parse(measured.manifest.read_bytes()), measured.leaves.read_bytes())
+    with Checkpoint.open(measured.directory) as checkpoint:
+        structure = compute(VerifiedSource(checkpoint, leaves))
+    made = Fingerprint(model_id=measured.model_id, structure=structure, behaviour=None)
+    return Sketched(fingerprint=made.to_bytes())
+
+
+def lying(about: Path) -> Callable[[Measurable], Sketched]:
+    """Computes the structure of other weights than it is asked for."""
+
+    def lie(measured: Measurable) -> Sketched:
+        with Checkpoint.open(about) as checkpoint:
+            leaves = {name: [] for name in checkpoint.tensors}
+            structure = compute(_Unchecked(checkpoint, leaves))  # type: ignore[arg-type]
+        made = Fingerprint(model_id=measured.model_id, structure=structure, behaviour=None)
+        return Sketched(fingerprint=made.to_bytes())
+
+    return lie
+
+
+class _Unchecked:
+    """A checkpoint's tensors as they are."""
+
+    def __init__(self, checkpoint: Checkpoint, leaves: Any) -> None:
+        self.tensors = checkpoint.tensors
+        self._checkpoint = checkpoint
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        return bytes(self._checkpoint.read_bytes(name, offset, length))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Alice shares a base, two experts of it and one whose fingerprint lies; Bob asks."""
+
+    alice: Services
+    bob: Services
+    models: Path
+    ids: dict[str, str]
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
+    async with AsyncExitStack() as stack:
+        fabric, models = Fabric(), tmp_path / "models"
+        write(models / "base", 1)
+        for seed, name in enumerate(("math", "code", "false"), 2):
+            write(models / name, 1, seed)
+
+        async def up(name: str, *shared: str) -> tuple[Services, MemoryNetwork]:
+            home = Home(tmp_path / name)
+            identity = app.initialise(home, now=time.time())
+            shelf = Shelf(home.experts)
+            base = None
+            for each in shared:
+                how = lying(models / "math") if each == "false" else sketch
+                added = shelf.add(models / each, identity=identity, sketch=how, now=time.time(), base=base)
+                base = base or added.expert.model_id
+            network = MemoryNetwork(fabric, identity.peer_id)
+            settings = Config(network="test", peer_api="127.0.0.1:0", control_api="127.0.0.1:0")
+            stack.enter_context(running.alone(home))
+            services = await stack.enter_async_context(
+                daemon.running_node(home, settings, identity, network, stop=lambda: None, clock=time.time)
+            )
+            return services, network
+
+        alice, alice_network = await up("alice", "base", "math", "code", "false")
+        bob, network = await up("bob")
+        await network.connect(alice_network.addresses()[0])
+        await until(lambda: len(bob.book.listings(time.time())) == 4)
+        ids = {x.model.name: str(x.model.model_id) for x in bob.book.listings(time.time())}
+        yield Pair(alice=alice, bob=bob, models=models, ids=ids)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.to_thread(lambda: None)
+
+
+async def test_an_expert_is_found_by_name_or_id_once_and_no_weights_move(pair: Pair) -> None:
+    found = await pair.bob.seeker.find("math")
+    assert str(found.model_id) == found.reference == pair.ids["math"]
+    assert str(found.base) == pair.ids["base"] and 0 < found.moved < 300_000
+    assert found.author == pair.alice.identity.publisher.key_id
+    for reference in (pair.ids["math"], f"peer://{pair.alice.identity.peer_id}/{pair.ids['math']}"):
+        again = await pair.bob.seeker.find(reference)
+        assert again.moved == 0 and again.model_id == found.model_id
+    with pytest.raises(NotEnoughPeers, match="nobody advertises"):
+        await pair.bob.seeker.find("law")
+    with pytest.raises(InvalidRecipe, match="directory"):
+        await pair.bob.seeker.find(str(pair.models / "math"))
+    assert not pair.bob.shelf.experts()
+
+
+async def test_minis_of_the_whole_catalogue_come_in_one_question(pair: Pair) -> None:
+    moved: list[int] = []
+    minis = await pair.bob.seeker.minis(moved.append)
+    assert {str(model_id) for model_id in minis} == set(pair.ids.values()) and len(moved) == 1
+    again: list[int] = []
+    assert (await pair.bob.seeker.minis(again.append)).keys() == minis.keys() and not again
+
+
+async def test_an_advert_whose_digests_do_not_belong_together_is_not_listened_to(pair: Pair) -> None:
+    (model,) = (x.model for x in pair.bob.book.listings(time.time()) if x.model.name == "math")
+    key = HostKey.generate()
+    advert = Advert(
+        network="test",
+        peer=key.peer_id,
+        seq=1,
+        issued_at=int(time.time()),
+        expires_at=int(time.time()) + 600,
+        previous=None,
+        models=(replace(model, name="better", sketch=sha256(b"better")),),
+    )
+    sealed = seal(PAYLOAD_TYPE, advert.to_bytes(), key).to_bytes()
+    assert pair.bob.book.admit(sealed, time.time()).outcome is Outcome.NEW
+    await pair.bob.seeker.find("math")  # which is in the cache from now on, by the digest that both name
+    with pytest.raises(NotEnoughPeers, match="mini that it advertises"):
+        await pair.bob.seeker.find("better")
+
+
+async def test_weights_that_are_not_what_their_fingerprint_says_are_not_kept_and_everybody_hears(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def get(name: str, job: str) -> Any:
+        request = {"model_id": pair.ids[name], "publisher": ""}
+        pair.bob.jobs.start(job, Created(kind=JobKind.FETCH, title=name, request=request))
+        async for view in pair.bob.jobs.watch(job):
+            last = view.job
+        return last
+
+    honest = await get("code", "first-job")
+    assert honest.state is JobState.SUCCEEDED and not accusations(pair.bob.faults)
+    job = await get("false", "second-job")
+    assert job.state is JobState.FAILED and job.error is not None
+    assert job.error["kind"] == "FalseFingerprint" and job.error["exit_code"] == 5
+    assert pair.alice.identity.publisher.key_id in job.error["why"]
+    assert [expert.name for expert in pair.bob.shelf.experts()] == ["code"]
+    assert not list(pair.bob.home.incoming.glob("*/*"))
+    (accusation,) = accusations(pair.bob.faults)
+    assert accusation.standing is Standing.FOUND
+    assert accusation.finders == (pair.bob.identity.peer_id,)
+
+    await until(lambda: bool(accusations(pair.alice.faults)))
+    (heard,) = accusations(pair.alice.faults)
+    assert heard.standing is Standing.SAID and heard.sworn.author.peer_id == pair.alice.identity.peer_id
+
+    again = await get("false", "third-job")
+    assert again.state is JobState.FAILED and "found before" in again.error["why"]
+    assert not again.steps.get("received")
+    with pytest.raises(NotEnoughPeers, match="found that fingerprint to be false"):
+        await pair.bob.seeker.find("false")
+
+    monkeypatch.setenv("WEFT_HOME", str(pair.bob.home.root))
+
+    def told() -> tuple[list[Any], dict[str, Any], list[Any]]:
+        with ControlClient.connect(pair.bob.home) as node:
+            return node.peers(), {e.name: e for e in node.search("")}, node.faults()
+
+    (peer,), experts, (fault,) = await asyncio.to_thread(told)
+    assert (peer.fault, experts["false"].fault, experts["math"].fault) == ("found", "found", "")
+    assert (fault.standing, fault.model_id) == ("found", pair.ids["false"])
+    assert await asyncio.to_thread(main.run, ["search"]) == 0
+    assert "FALSE" in capsys.readouterr().out
+
+
+async def test_similarity_is_told_of_peers_and_directories_together(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WEFT_HOME", str(pair.bob.home.root))
+    near = write(pair.models / "near", 1, 2, 3)
+
+    async def weft(*words: object) -> tuple[int, Any, str]:
+        capsys.readouterr()
+        code = await asyncio.to_thread(main.run, ["--json", *map(str, words)])
+        said = capsys.readouterr()
+        return code, json.loads(said.out), said.err
+
+    code, told, _ = await weft("sim", "math", "code", near, "--base", "base")
+    assert code == 0, told
+    data = told["data"]
+    assert [model["name"] for model in data["models"]] == ["math", "code", "near"]
+    assert data["base"]["model_id"] == pair.ids["base"] and 0 < data["moved"] < 1_000_000
+    cosine = data["measures"]["task_cosine"]
+    assert all(abs(cosine[n][n] - 1) < 1e-6 for n in range(3))
+    assert abs(cosine[0][1]) < 0.2 and cosine[0][2] > 0.5 and cosine[1][2] > 0.5
+    assert data["measures"]["kl"] == [[None] * 3] * 3 and len(data["missing"]) == 1
+
+    code, implied, _ = await weft("sim", "math", "code")
+    assert code == 0 and implied["data"]["base"]["model_id"] == pair.ids["base"]
+    code, failed, _ = await weft("sim", "math", "law")
+    assert (code, failed["error"]["kind"]) == (4, "NotEnoughPeers")
+    code, failed, _ = await weft("sim", "math", pair.ids["math"])
+    assert code == 6 and "the same model" in failed["error"]["why"]
+    code, failed, _ = await weft("sim", "math")
+    assert code == 2 and "partners" in failed["error"]["hint"]
