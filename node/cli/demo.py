@@ -101,7 +101,16 @@ class Story:
             home = Home(self.folder / name.replace(" ", ""))
             identity = app.initialise(home, now=time.time())
             for model in shares[name]:
-                app.add(home, self.models[model], name=model, licence=None, on_progress=lambda count: None)
+                base = None if model == "base" else str(self.models["base"])
+                app.add(
+                    home,
+                    self.models[model],
+                    name=model,
+                    licence=None,
+                    base=base,
+                    probes="zoo",
+                    on_progress=lambda count: None,
+                )
             self.homes[name], self.peers[identity.peer_id] = home, name
             settings = Config(network=network, listen=("/ip4/127.0.0.1/tcp/0",), peer_api="127.0.0.1:0")
             app.write_settings(home, settings)

@@ -11,6 +11,7 @@ import typer
 
 from node.cli import follow, render
 from node.cli.output import out
+from node.cli.selection import Base, Probes, plan_auto
 
 if TYPE_CHECKING:
     from merge_core.recipe import Recipe
@@ -61,8 +62,54 @@ def check(recipe: RecipeFile) -> None:
     raise error
 
 
-def plan(recipe: RecipeFile) -> None:
-    """Resolve a recipe and show what it would cost, without moving a byte of weights."""
+def plan(
+    models: Annotated[
+        list[str], typer.Argument(metavar="RECIPE | MODEL…", help="A recipe; with --auto the models.")
+    ],
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Choose operators and order by the models' fingerprints.")
+    ] = False,
+    tasks: Annotated[
+        str, typer.Option(metavar="TASK,…", help="With --auto: what to be good at, of the probes' tasks.")
+    ] = "",
+    subsets: Annotated[
+        bool, typer.Option("--subsets", help="With --auto: leave out models where that looks better.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="With --auto: what was rejected, and what each feature said.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="With --auto: write the recipe here.")
+    ] = None,
+    base: Base = None,
+    probes: Probes = None,
+) -> None:
+    """Resolve a recipe and show its cost; or write one, with --auto. No weights move."""
+    from node.errors import UsageError
+
+    if auto:
+        wanted = [word.strip() for word in tasks.split(",") if word.strip()]
+        plan_auto(
+            models, base=base, probes=probes, tasks=wanted, subsets=subsets, explain=explain, output=output
+        )
+        return
+    for flag, given in (
+        ("--tasks", tasks),
+        ("--subsets", subsets),
+        ("--explain", explain),
+        ("-o", output),
+        ("--base", base),
+        ("--probes", probes),
+    ):
+        if given:
+            raise UsageError(f"{flag} goes with --auto", hint=f"weft plan --auto {flag} … A B")
+    if len(models) > 1:
+        raise UsageError("one recipe is planned at a time", hint=f"weft plan --auto {' '.join(models)}")
+    resolve(Path(models[0]))
+
+
+def resolve(recipe: Path) -> None:
+    """Show what a recipe would read, move, need and write."""
     from node import app
     from node.home import Home
 
@@ -96,7 +143,7 @@ def merge(
     from node.home import Home
 
     if dry_run:
-        plan(recipe)
+        resolve(recipe)
         return
     home, wanted = Home.default(), app.read_recipe(recipe)
     how = app.how(threads=threads, max_memory=max_memory, perplexity=perplexity)

@@ -100,6 +100,74 @@ def partners(
     out.result(data, lambda console: _partners(console, data))
 
 
+def plan_auto(
+    models: list[str],
+    *,
+    base: str | None,
+    probes: str | None,
+    tasks: list[str],
+    subsets: bool,
+    explain: bool,
+    output: Path | None,
+) -> None:
+    """Advise on a merge, and write its recipe."""
+    from merge_core.simmerge.predictor import default
+    from node import app
+    from node.errors import UsageError
+    from node.home import Home
+    from node.selection import auto
+
+    if len(models) < 2:
+        raise UsageError("a merge is of two models or more", hint=f"weft partners {models[0]}")
+    if output is not None:
+        app.expect_writable(output)
+    home = Home.default()
+    found, known = app.candidates(home, models, base=base, probes=probes, silent=silent)
+    if known is None:
+        out.say("[yellow]mind:[/] no base is known, so operators on task vectors are left out: --base MODEL")
+    advised = auto.plan(found, known, default(), tasks=tasks, subsets=subsets)
+    data = {
+        "models": [candidate_data(candidate) for candidate in found],
+        "base": candidate_data(known) if known else None,
+        **advised.to_json(),
+        "written": [],
+        "moved": sum(candidate.moved for candidate in (*found, *filter(None, [known]))),
+    }
+    if output is not None:
+        files = [output, output.with_stem(f"{output.stem}-2")]
+        for path, text in zip(files, advised.recipes, strict=False):
+            app.write(path, text)
+            data["written"].append(str(path))
+    out.result(data, lambda console: _advice(console, data, explain))
+
+
+def _advice(console: Console, data: Data, explain: bool) -> None:
+    """The recipe on stdout, unless it was written; what speaks for it on stderr."""
+    best, story = data["best"], out.story_console
+    out.say(f"[bold]{escape(best['chain'])}[/]")
+    out.say(
+        f"predicted {best['utility']:.3f} ± {best['width']:.3f} at {escape(', '.join(data['tasks']))};"
+        f" {data['considered']} ways were compared"
+    )
+    if explain:
+        rows = [
+            (a["chain"], f"{a['utility']:.3f}", f"{a['width']:.3f}", f"{-a['behind']:+.3f}")
+            for a in data["alternatives"]
+        ]
+        story.print(table("rejected", ("merge", "predicted", "±", "beside the best"), rows))
+        reasons = [(r["feature"], f"{r['value']:.3f}", f"{r['effect']:+.4f}") for r in data["reasons"]]
+        story.print(table("what spoke for the last operator", ("feature", "value", "for its lead"), reasons))
+    if data["undecided"]:
+        out.say("[yellow]mind:[/] the first two are too close to call: merge both, then: weft eval")
+    moved(data["moved"])
+    for path in data["written"]:
+        console.print(path)
+    if data["written"]:
+        out.say(f"Next: [bold]weft merge {escape(data['written'][0])} -o DIR[/]")
+    else:
+        console.print(data["recipes"][0], markup=False, end="")
+
+
 def candidate_data(candidate: Candidate) -> Data:
     """A model as `--json` tells of it."""
     return {

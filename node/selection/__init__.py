@@ -8,4 +8,6 @@ candidate   a model as far as its fingerprint tells of it
 seek        finds them: on the shelf, in the cache, at peers; the only part that waits for anybody
 here        fingerprints of directories on this machine, computed once
 similarity  how alike they are, pair by pair: `weft sim`
+auto        what to merge, how and in which order: `weft plan --auto`
+outcomes    what merges turned out to be worth, as peers tell each other
 """
