@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.simmerge.mini import Mini
+from merge_core.simmerge.mini import WIDTH, Mini
 
 Floats = npt.NDArray[np.float64]
 
@@ -64,7 +64,8 @@ class Index:
             alike = np.flatnonzero(self._questions == mini.questions)
             behaviour[alike] = _cosines(self._behaviours[alike], mini.behaviour)
         kept = ~(np.isnan(weights) & np.isnan(behaviour))
-        kept &= np.array([one.model_id not in (mini.model_id, base and base.model_id) for one in self._minis])
+        own = {mini.model_id, mini.model_id if base is None else base.model_id}
+        kept &= np.array([one.model_id not in own for one in self._minis], np.bool_)
         chosen = np.flatnonzero(kept)
         score = weights - np.where(np.isnan(task), 1.0, np.abs(task))
         # All of one shape first: none of their scores is below -2.
@@ -97,7 +98,7 @@ class Index:
 
 
 def _stacked(rows: Sequence[npt.NDArray[np.floating]]) -> npt.NDArray[np.float64]:
-    return np.stack(rows).astype(np.float64) if rows else np.zeros((0, 0))
+    return np.stack(rows).astype(np.float64) if rows else np.zeros((0, WIDTH))
 
 
 def _cosines(rows: Floats, vector: npt.NDArray[np.floating]) -> Floats:
