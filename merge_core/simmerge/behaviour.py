@@ -30,7 +30,7 @@ from merge_core.simmerge.probes import MAX_POSITIONS, MAX_TASKS, is_name
 
 TOP = 10
 """Tokens of a distribution that are published one by one."""
-FLOOR = -100.0
+FLOOR = -60.0
 """The least logarithm of a probability that is written down."""
 MAX_BEHAVIOUR = 64 << 10
 """Bytes of all arrays together."""

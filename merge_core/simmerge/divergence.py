@@ -178,8 +178,9 @@ def _combined(
     total = mass.sum(1)
     size = np.log(total)
     kl = [(p * (a - logs)).sum(1) + size * p.sum(1) for a, p in zip(parents, masses, strict=True)]
-    top = _best(logs, count)
-    return [*kl, top == best[0], top == best[1], size - (mass * logs).sum(1) / total]
+    most = np.where(count > 0, logs, -np.inf).max(1, keepdims=True)
+    kept = [(np.take_along_axis(logs, one[:, None], 1) >= most)[:, 0] for one in best]
+    return [*kl, *kept, size - (mass * logs).sum(1) / total]
 
 
 def _best(logs: Float64, count: Float64) -> npt.NDArray[np.int64]:

@@ -11,7 +11,7 @@ not list: divergences come out too large where models disagree about unlikely to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -62,13 +62,13 @@ class Top:
         return np.where(same.any(2), found, self.share[:, None])
 
 
-Compare = Callable[[Top, Sequence[Top], Top | None], Floats]
-"""(a, many, base) to float32[N, PAIR, P]."""
+Compare = Callable[[Sequence[Top], Top | None], Callable[[Top], Floats]]
+"""(many, base) to a function from a model to float32[N, PAIR, P]."""
 
 
-def compare(a: Top, many: Sequence[Top], base: Top | None) -> Floats:
+def compare(many: Sequence[Top], base: Top | None) -> Callable[[Top], Floats]:
     """The formulas, pair by pair, over the tokens that somebody lists and one entry for all others."""
-    return np.stack([_listed(a, b, base) for b in many]).astype(np.float32)
+    return lambda a: np.stack([_listed(a, b, base) for b in many]).astype(np.float32)
 
 
 def _listed(a: Top, b: Top, base: Top | None) -> Float64:
@@ -117,14 +117,10 @@ class Panel:
         return np.array([i for i, one in enumerate(self.behaviours) if one is not None], dtype=np.int64)
 
     @cached_property
-    def tops(self) -> list[Top]:
-        """The distributions of these."""
-        return [self.top(one) for one in self.behaviours if one is not None]
-
-    @cached_property
-    def base_top(self) -> Top | None:
-        """The distributions of the base."""
-        return None if self.base is None else self.top(self.base)
+    def against(self) -> Callable[[Top], Floats]:
+        """Compare a model with these: float32[known, PAIR, P]."""
+        tops = [self.top(one) for one in self.behaviours if one is not None]
+        return self.how(tops, None if self.base is None else self.top(self.base))
 
     @cached_property
     def models(self) -> Floats:
@@ -159,7 +155,7 @@ class Panel:
     def measure(self, models: Sequence[Behaviour]) -> Floats:
         """[models, MODEL, T]: each by itself, and beside the base."""
         tops = [Top.of(one) for one in models]
-        beside = None if self.base is None or not tops else self.how(Top.of(self.base), tops, None)
+        beside = None if self.base is None or not tops else self.how(tops, None)(Top.of(self.base))
         found = [
             model_measures(
                 one.entropy.astype(np.float32),
@@ -173,6 +169,19 @@ class Panel:
         tasks = 0 if not models else len(models[0].tasks)
         return np.stack(found) if found else np.zeros((0, len(MODEL), tasks), np.float32)
 
+    def model(self, behaviour: Behaviour) -> Floats:
+        """[MODEL, T], looked up where it is one of these."""
+        mine = next((n for n, one in enumerate(self.behaviours) if one is behaviour), None)
+        found: Floats = self.measure([behaviour])[0] if mine is None else self.models[mine]
+        return found
+
+    def at(self, task: str) -> Panel:
+        """The same models at one task's positions; what is known of each by itself is not measured again."""
+        part = replace(self, task=task)
+        for name in ("known", "models", "base_model", "stacks"):
+            part.__dict__[name] = getattr(self, name)
+        return part
+
     def spread(self, found: Floats) -> Floats:
         """[known, …] to [N, …], NaN for the others."""
         whole = np.full((len(self.behaviours), *found.shape[1:]), np.nan, np.float32)
@@ -184,12 +193,12 @@ def estimated(a: Behaviour | None, panel: Panel) -> FunctionalStatistics:
     """Compare one model with those of a panel, [N, …]; NaN where either has no behaviour of its key."""
     if a is None or a.key != panel.key or not len(panel.known):
         return nothing(len(panel.behaviours))
-    mine = panel.measure([a])[0]
+    mine = panel.model(a)
     return FunctionalStatistics(
         tasks=a.tasks,
         counts=counts(a.task, len(a.tasks)),
         task=a.task[panel.rows(a)],
-        pair=panel.spread(panel.how(panel.top(a), panel.tops, panel.base_top)),
+        pair=panel.spread(panel.against(panel.top(a))),
         a=mine,
         b=panel.models,
         base=np.full_like(mine, np.nan) if panel.base_model is None else panel.base_model,

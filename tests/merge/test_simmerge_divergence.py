@@ -14,7 +14,7 @@ from merge_core.errors import Unmergeable
 from merge_core.simmerge.behaviour import FLOOR, MAX_BEHAVIOUR, Behaviour, Observation
 from merge_core.simmerge.divergence import MODEL, PAIR, measured
 from merge_core.simmerge.features import DEV_SCORES, GROUP_OF, NAMES, PROBE_LOSS, DevScores, vector
-from merge_core.simmerge.panel import Panel, estimated
+from merge_core.simmerge.panel import Panel, compare, estimated
 from merge_core.simmerge.statistics import COLUMNS, PairStatistics, StructuralStatistics
 
 POSITIONS, VOCABULARY = 60, 40
@@ -189,6 +189,37 @@ def test_one_task_alone_is_that_task_of_all(family: list[Observation]) -> None:
         assert not missing[:, 0].any()
 
 
+@pytest.mark.parametrize("based", [True, False])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 9])
+def test_what_is_compiled_gives_what_the_formulas_give(
+    family: list[Observation], based: bool, vocabulary: int
+) -> None:
+    from merge_core.simmerge import matching
+
+    cut = [replace(one, logp=one.logp[:, :vocabulary]) for one in family]
+    cut = [replace(one, logp=one.logp - np.log(np.exp(one.logp).sum(1, keepdims=True))) for one in cut]
+    base, *told = [Behaviour.of(one) for one in cut]
+    options = {"base": base if based else None, "key": base.key}
+    by_formula, compiled = (
+        estimated(told[0], Panel.of(told, **options, how=how)) for how in (compare, matching.compare)
+    )
+    np.testing.assert_allclose(compiled.pair, by_formula.pair, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(compiled.b, by_formula.b, rtol=1e-3, atol=1e-4)
+    assert np.isfinite(compiled.pair[:, :9]).all() and bool(np.isnan(compiled.pair[:, 9:]).any()) is not based
+
+
+def test_a_panel_at_a_task_is_one_of_that_task(family: list[Observation]) -> None:
+    base, *told = [Behaviour.of(one) for one in family]
+    whole = Panel.of(told, base, key=base.key)
+    part = estimated(told[1], whole.at("x"))
+    np.testing.assert_array_equal(
+        part.pair, estimated(told[1], Panel.of(told, base, key=base.key, task="x")).pair
+    )
+    np.testing.assert_array_equal(part.b, whole.models)
+    alone = estimated(Behaviour.of(family[2]), whole)  # equal, and not one of them
+    np.testing.assert_array_equal(alone.a, estimated(told[1], whole).a)
+
+
 def test_a_feature_is_known_or_flagged_never_silently_zero(family: list[Observation]) -> None:
     base, a, b, _ = family
     statistics = PairStatistics(structural=structural(fill=0.5), functional=measured(a, b, base))
@@ -249,7 +280,7 @@ def changed(arrays: Mapping[str, Any], name: str, at: Any, value: float) -> dict
         ("ids", (0, 0), VOCABULARY),
         ("logp", (0, 0), 0.25),
         ("logp", (0, 0), np.nan),
-        ("logp", (5, 9), -200.0),
+        ("logp", (5, 9), -61.0),
         ("logp", (0, slice(None)), -0.5),
         ("logp", (0, 3), 0.0),
         ("rest", 0, 0.0),
