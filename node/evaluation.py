@@ -17,7 +17,7 @@ from merge_core.checkpoint.manifest import MAX_MANIFEST
 from merge_core.checkpoint.published import MANIFEST_FILE
 from merge_core.checkpoint.reader import Checkpoint
 from merge_core.digest import Digest, ModelId
-from merge_core.evaluation import tasks
+from merge_core.evaluation.named import LM_EVAL, SUFFIX, expect
 from merge_core.evaluation.tasks import Metric
 from node.catalog.hashes import HashCache
 from node.errors import LocalError, UsageError, VerificationFailed
@@ -25,7 +25,6 @@ from node.identity.keyring import Identity
 from node.provenance import measurement
 from node.provenance.files import read_record
 from node.provenance.measurement import MAX_RESULTS, Measurement, Result
-from node.worker.evaluation import LM_EVAL
 
 Data = dict[str, Any]
 
@@ -134,7 +133,10 @@ def _look(models: Mapping[str, Path], how: Measuring, *, attested: bool) -> None
         raise LocalError("lm-eval is not installed", hint="pip install 'weftmerge[eval]'")
     if how.tasks_path is not None and not how.tasks_path.is_dir():
         raise UsageError(f"{how.tasks_path} is no folder of tasks", hint="weft eval --help")
-    names = [tasks.read(Path(wanted)).name if wanted.endswith(".jsonl") else wanted for wanted in how.tasks]
+    for wanted in how.tasks:
+        if wanted not in how.foreign:
+            expect(wanted)
+    names = [Path(wanted).name if wanted.endswith(SUFFIX) else wanted for wanted in how.tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice or not 1 <= len(names) <= MAX_RESULTS:
         count = f"{len(names)} tasks are named, not 1 to {MAX_RESULTS}"

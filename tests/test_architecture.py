@@ -73,6 +73,7 @@ DECLARATIVE = [
     "merge_core.resolve",
     "merge_core.memory",
     "merge_core.report",
+    "merge_core.evaluation.named",
     "merge_core.evaluation.tasks",
     "merge_core.evolution.record",
     "merge_core.evolution.run",

@@ -19,7 +19,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from merge_core.errors import InvalidTask, MergeCoreError
+from merge_core.errors import MergeCoreError
+from merge_core.evaluation import tasks
+from merge_core.evaluation.named import LM_EVAL
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,119}")
 
@@ -62,7 +64,9 @@ class Harness:
                 unknown = [name for name in names if name not in index.all_tasks]
                 if not unknown:
                     return cls(index=index, **options)
-        raise InvalidTask(f"lm-eval has no task {unknown[0][:80]!r}", hint="lm-eval ls tasks")
+        # Every name is indexed by now, unless one was none that a task may have.
+        known = [] if missing else [LM_EVAL + name for name in index.all_tasks]
+        raise tasks.unknown(LM_EVAL + unknown[0], known, hint="lm-eval ls tasks")
 
     def measure(self, name: str, model: Any, tokenizer: Tokenizer) -> list[Reading]:
         """What lm-eval reads of a model at a task, or at the tasks of a group that has no metric of its own.

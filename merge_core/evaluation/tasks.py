@@ -19,8 +19,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from enum import Enum
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ MAX_CHOICES = 64
 MAX_NAME = 120
 
 _KEYS = frozenset({"prompt", "answer", "choices", "text", "metric"})
+_MOST = 10_000
+"""Files of a folder that are looked at for a name that may have been meant."""
 _HINT = "weft eval --help shows what a line looks like"
 
 
@@ -110,10 +114,26 @@ class Task:
             yield json.dumps(line | ({"choices": item.choices} if item.choices else {}))
 
 
+def unknown(reference: str, known: Iterable[str], *, hint: str = "weft eval --help") -> InvalidTask:
+    """The error for a task that there is not, which tells the nearest of those that there are.
+
+    Of names with a colon, the nearest has the same word before it, where one has.
+    """
+    names = list(known)
+    alike = [name for name in names if name.partition(":")[0] == reference.partition(":")[0]]
+    among, least = (names, 0.6) if len(alike) in (0, len(names)) else (alike, 0.0)
+    near = get_close_matches(reference[:200], among, n=1, cutoff=least)
+    said = f"did you mean {near[0]}?" if near else "a task is rev:test and the like, or FILE.jsonl"
+    return InvalidTask(f"there is no task {reference[:80]!r}: {said}", hint=hint)
+
+
 def read(path: Path) -> Task:
     """Read a JSONL file, named as the file is; raises InvalidTask."""
     try:
         text = read_bounded(path, MAX_FILE).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        beside = islice(path.parent.glob(f"*{path.suffix}"), _MOST)
+        raise unknown(path.name, [other.name for other in beside], hint=f"ls -l {path.parent}") from error
     except (OSError, CorruptCheckpoint, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise InvalidTask(f"the task {path} cannot be read: {why}", hint=f"ls -l {path}") from error

@@ -1,6 +1,6 @@
 """Small experts that are really trained and merge well: what the demo, tests and benchmarks work on.
 
-    zoo = build(Path("zoo-seed-0"), seed=0)
+    zoo = build(Path("zoo-seed-0"), seed=0)        # of merge_core.zoo.build
     zoo.base, zoo.experts["rev"], zoo.experts["sort"], zoo.experts["brk"]
 
 domains   the character tasks and their fixed splits
@@ -13,9 +13,6 @@ threads   torch without threads of its own
 
 An expert has trained on its own domain, and on the *prompts* of the others: there it only learns to keep
 the base's predictions. Seeds change initialisation and batch order, never the data.
+
+Nothing is imported here: tasks and recipes need no torch.
 """
-
-from merge_core.zoo.build import Zoo, build
-from merge_core.zoo.domains import DEMO_DOMAINS, DOMAINS
-
-__all__ = ["DEMO_DOMAINS", "DOMAINS", "Zoo", "build"]

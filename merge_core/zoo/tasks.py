@@ -2,14 +2,16 @@
 
     task("rev:test").metric  ->  Metric.EXACT_MATCH
     task("code:dev").metric  ->  Metric.BITS_PER_BYTE
+    names()                  ->  ("rev:test", "rev:dev", …)
 
 Nothing was trained on the items of any split but `train`, and no two splits of a domain share an item.
 """
 
 from __future__ import annotations
 
-from merge_core.errors import InvalidTask
-from merge_core.evaluation.tasks import Item, Metric, Task
+from functools import cache
+
+from merge_core.evaluation.tasks import Item, Metric, Task, unknown
 from merge_core.zoo import domains, text
 
 
@@ -19,20 +21,21 @@ def task(name: str) -> Task:
     Raises InvalidTask on a domain or a split that there is not.
     """
     domain, _, split = name.partition(":")
-    if domain in text.TEXT_DOMAINS and split in text.SPLITS:
+    if name not in names():
+        raise unknown(name, names())
+    if domain in text.TEXT_DOMAINS:
         asked = [(item.prompt, item.answer) for item in text.items(domain, split)]
         metric = Metric.BITS_PER_BYTE
-    elif domain in domains.DOMAINS and split in domains.SPLITS:
+    else:
         found = domains.DOMAINS[domain]
         asked = [(found.question(item), item.answer) for item in domains.items(found, split)]
         metric = Metric.EXACT_MATCH
-    else:
-        raise InvalidTask(f"the zoo has no task {name[:80]!r}", hint=f"it has {', '.join(_offered())}")
     items = tuple(Item(prompt=prompt, answer=answer) for prompt, answer in asked)
     return Task(name=name, metric=metric, items=items)
 
 
-def _offered() -> list[str]:
-    """The names of all domains and splits, in short."""
-    characters = f"DOMAIN:SPLIT with {'|'.join(domains.DOMAINS)} and {'|'.join(domains.SPLITS)}"
-    return [characters, f"{'|'.join(text.TEXT_DOMAINS)} and {'|'.join(text.SPLITS)}"]
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all tasks, by domain and split."""
+    characters = [f"{domain}:{split}" for domain in domains.DOMAINS for split in domains.SPLITS]
+    return (*characters, *(f"{domain}:{split}" for domain in text.TEXT_DOMAINS for split in text.SPLITS))

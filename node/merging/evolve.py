@@ -25,6 +25,7 @@ from typing import Any
 
 from merge_core import recipe as recipes
 from merge_core.errors import MergeCoreError, Unmergeable
+from merge_core.evaluation.named import expect
 from merge_core.evolution.genome import Shape
 from merge_core.evolution.journal import holds_candidates
 from merge_core.evolution.record import SearchRecord
@@ -118,6 +119,8 @@ class Evolving:
             search = Search.of(attempt.request)
             if processes is not None:
                 search = replace(search, processes=processes)
+            for task in (*search.tasks, *search.reported):  # before anything is fetched or hashed
+                await asyncio.to_thread(expect, task)
             attempt.reach(FOUND, await self._seek(attempt, recipe, target, search))
         await self._plan(recipe, attempt)  # names may mean something else by now
         found = attempt.reached(FOUND)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_core.errors import MergeCoreError
+from merge_core.evaluation.named import LM_EVAL
 from node.errors import LimitReached, LocalError
 from node.worker.messages import Emit
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
     from merge_core.evaluation.harness import Harness
     from merge_core.evaluation.tasks import Task
-
-LM_EVAL = "lm-eval:"
-"""What the names of lm-eval's tasks begin with."""
 
 Row = dict[str, Any]
 Scorer = Callable[["Scored", Emit], list[Row]]

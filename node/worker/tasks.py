@@ -55,9 +55,9 @@ Result = dict[str, Any]
 
 def zoo(request: Request, emit: Emit) -> Result:
     """Train the base and the experts of one seed, or find them complete in `directory`."""
-    from merge_core import zoo
+    from merge_core.zoo.build import build
 
-    built = zoo.build(
+    built = build(
         Path(request["directory"]),
         seed=request["seed"],
         size=request.get("size", "demo"),

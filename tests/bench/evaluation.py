@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from merge_core.evaluation.loading import load_model, load_tokenizer
 from merge_core.evaluation.scoring import BATCH, score
 from merge_core.evaluation.tasks import Metric, Task
-from merge_core.zoo import build
+from merge_core.zoo.build import build
 from merge_core.zoo.domains import DEMO_DOMAINS
 from merge_core.zoo.recipes import Shape
 from merge_core.zoo.tasks import task as named

@@ -163,7 +163,11 @@ def untouched(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "why", "hint"),
     [
-        (("left", "--tasks", "none.jsonl"), 2, "none.jsonl cannot be read", "ls -l none.jsonl"),
+        (("left", "--tasks", "none.jsonl"), 2, "no task 'none.jsonl': did you mean one.jsonl?", "ls -l ."),
+        (("left", "--tasks", "folder.jsonl"), 2, "folder.jsonl cannot be read", "ls -l folder.jsonl"),
+        (("left", "--tasks", "rv:test"), 2, "no task 'rv:test': did you mean rev:test?", "weft eval --help"),
+        (("left", "--tasks", "rev"), 2, "no task 'rev': did you mean rev:", "weft eval --help"),
+        (("left", "--tasks", "chess"), 2, "a task is rev:test and the like, or FILE.jsonl", "weft eval"),
         (("left", "--tasks", "bad.jsonl"), 2, "bad.jsonl, line 2", "weft eval --help"),
         (("nowhere", "--tasks", "one.jsonl"), 5, "nowhere is not a directory", "ls"),
         (("empty", "--tasks", "one.jsonl"), 5, "no safetensors", "ls empty"),
@@ -183,6 +187,7 @@ def test_what_can_be_seen_at_once_is_said_at_once(
 ) -> None:
     monkeypatch.setattr(process, "run", untouched)
     (table / "empty").mkdir()
+    (table / "folder.jsonl").mkdir()
     (table / "sub").mkdir()
     (table / "sub" / "one.jsonl").write_text('{"text": "abc"}')
     (table / "bad.jsonl").write_text('{"text": "abc"}\n{"text": 1}\n')
@@ -191,8 +196,6 @@ def test_what_can_be_seen_at_once_is_said_at_once(
 
 
 def test_what_only_the_worker_sees_names_the_model_the_task_and_the_next_step(weft: Any, table: Path) -> None:
-    unknown = weft("--json", "eval", "left", "--tasks", "chess:test")
-    assert unknown.code == 2 and "chess:test" in unknown.error["why"] and "rev" in unknown.error["hint"]
     (table / "far.jsonl").write_text('{"text": "xyz"}')
     far = weft("--json", "eval", "left", "--tasks", "far.jsonl")
     assert far.code == 6 and far.error["why"].startswith("left at far.jsonl: ") and far.error["hint"]

@@ -135,7 +135,7 @@ def test_what_lm_eval_cannot_do_is_one_line_and_the_next_step(python: Path, tabl
     for path in ("tasks/pick.yaml", "weft_*"):
         refused = run(python, table, "--tasks", f"lm-eval:{path}", "--tasks-path", "tasks")["error"]
         assert (refused["exit_code"], refused["hint"]) == (2, "lm-eval ls tasks")
-        assert "has no task" in refused["why"]
+        assert "there is no task 'lm-eval:" in refused["why"]
     (table / "tasks" / "items.jsonl").unlink()
     failed = run(python, table, "--tasks", "lm-eval:weft_pick", "--tasks-path", "tasks")["error"]
     assert failed["exit_code"] == 1 and "lm-eval fails at weft_pick" in failed["why"] and failed["hint"]

@@ -108,7 +108,9 @@ def test_items_that_are_sought_by_are_not_reported(weft: Weft, desk: Path) -> No
 @pytest.mark.parametrize(
     ("words", "code", "why"),
     [
-        (("--tasks", "none.jsonl"), 2, "cannot be read"),
+        (("--tasks", "word.jsonl"), 2, "no task 'word.jsonl': did you mean words.jsonl?"),
+        (("--tasks", "words.jsonl", "--report-tasks", "rev:tset"), 2, "did you mean rev:test?"),
+        (("--tasks", "lm-eval:gsm8k"), 2, "weft eval alone"),
         (("--tasks", "words.jsonl", "--budget", 3), 2, "a budget of 3"),
         (("--tasks", "words.jsonl", "--layers", 9), 2, "9 points over the depth"),
         (("--tasks", "words.jsonl", "--operators", "magic"), 2, "magic"),
@@ -158,7 +160,7 @@ def test_a_failure_on_the_way_keeps_what_was_read(weft: Weft, desk: Path) -> Non
     lines = journal.read_bytes().count(b"\n")
     assert told and lines > 4
     (desk / "words.jsonl").rename(desk / "elsewhere.jsonl")
-    with pytest.raises(MergeCoreError, match="cannot be read"):
+    with pytest.raises(MergeCoreError, match="there is no task"):
         go_on(resume=True)
     assert journal.read_bytes().count(b"\n") == lines
     (desk / "elsewhere.jsonl").rename(desk / "words.jsonl")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from merge_core.evaluation.loading import load_model, load_tokenizer
 from merge_core.evaluation.scoring import score
-from merge_core.zoo import DEMO_DOMAINS, Zoo
+from merge_core.zoo.build import Zoo
+from merge_core.zoo.domains import DEMO_DOMAINS
 from merge_core.zoo.tasks import task
 
 

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 
 from merge_core.errors import InvalidTask
 from merge_core.evaluation.tasks import Metric
-from merge_core.zoo import build
+from merge_core.zoo.build import build
 from merge_core.zoo.domains import DOMAINS, SPLITS
 from merge_core.zoo.recipes import RECIPES, BaseTraining, ExpertTraining, Shape, TrainingRecipe
-from merge_core.zoo.tasks import task
+from merge_core.zoo.tasks import names, task
 from merge_core.zoo.text import LENGTH, TEXT_DOMAINS, digest, rows, texts
 from merge_core.zoo.text import SPLITS as TEXT_SPLITS
 from merge_core.zoo.tokens import tokenizer_for
@@ -80,9 +80,21 @@ def test_a_task_asks_what_the_models_were_trained_to_answer() -> None:
 
 @pytest.mark.parametrize("name", ["chess:test", "rev:exam", "code:labels", "rev", "", "rev:test:test"])
 def test_a_task_that_there_is_not_is_refused_by_name(name: str) -> None:
-    with pytest.raises(InvalidTask, match=r"no task") as caught:
+    with pytest.raises(InvalidTask, match=r"no task"):
         task(name)
-    assert "rev+caesar" in caught.value.hint and "code" in caught.value.hint
+
+
+def test_of_a_task_that_was_mistyped_the_nearest_is_told() -> None:
+    for typed, meant in (
+        ("rev+ceasar:test", "rev\\+caesar:test"),
+        ("code:labels", "code:"),
+        ("sort:tset", "sort:test"),
+    ):
+        with pytest.raises(InvalidTask, match=f"did you mean {meant}"):
+            task(typed)
+    with pytest.raises(InvalidTask, match="a task is rev:test and the like"):
+        task("zzzzzz")
+    assert all(task(name).name == name for name in names() if name.startswith(("rev:", "brk:")))
 
 
 def test_a_zoo_on_text_says_which_text_and_transformers_opens_it(

@@ -8,7 +8,7 @@ import pytest
 
 from merge_core.evaluation.scoring import score
 from merge_core.recipe import Recipe, parse
-from merge_core.zoo import Zoo, build
+from merge_core.zoo.build import Zoo, build
 from merge_core.zoo.tasks import task
 from merge_core.zoo.text import TEXT_DOMAINS
 from merge_core.zoo.training import fine_tune, sequences
