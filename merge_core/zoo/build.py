@@ -1,7 +1,8 @@
 """A zoo on disk: one ordinary Hugging Face directory for the base and one for each expert.
 
 A zoo is built beside its directory and renamed into place when whole, so one that is there is complete;
-its `zoo.json` says what it was made from and what its weights hash to.
+its `zoo.json` says what it was made from and what its weights hash to. Models that an interrupted build had
+finished are not trained again.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from merge_core import files
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.zoo import text
 from merge_core.zoo.domains import VOCABULARY
 from merge_core.zoo.recipes import RECIPES, Shape, TrainingRecipe
+from merge_core.zoo.recipes import origin as origin_of
 from merge_core.zoo.threads import one_thread_each
 from merge_core.zoo.tokens import tokenizer_for
-from merge_core.zoo.training import Progress, train_base, train_expert
+from merge_core.zoo.training import Progress, new_model, train_base, train_expert
 
 _RECORD = "zoo.json"
-_VERSION = 2
+_MADE = "made.json"
 Origin = Mapping[str, Any]
-"""What a zoo is a function of: version, seed, size with its recipe, torch, and Python where it gives text."""
+"""What a zoo is a function of, as `recipes.origin` says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,43 +58,72 @@ def build(directory: Path, *, seed: int, size: str = "demo", on_progress: Progre
     """
     if size not in RECIPES:
         raise MergeCoreError(f"no zoo of size {size!r}", hint=f"choose one of {', '.join(RECIPES)}")
-    origin = _origin(seed, size, RECIPES[size])
+    origin = origin_of(seed, size)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _sole_builder(directory.parent):
         if directory.exists() and any(directory.iterdir()):
             return _existing(directory, origin)
         partial = directory.with_name(f".{directory.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            _train(partial, RECIPES[size], origin, on_progress)
-            partial.rename(directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        _train(partial, RECIPES[size], origin, on_progress)
+        partial.rename(directory)
     return _existing(directory, origin)
 
 
-def _origin(seed: int, size: str, recipe: TrainingRecipe) -> Origin:
-    versions = {"torch": str(torch.__version__)}
-    if not set(text.TEXT_DOMAINS).isdisjoint(recipe.domains):
-        versions["python"] = platform.python_version()
-    settings = json.loads(json.dumps(asdict(recipe)))
-    return {"version": _VERSION, "seed": seed, "size": size, "recipe": settings, **versions}
-
-
-def _train(directory: Path, recipe: TrainingRecipe, origin: Origin, on_progress: Progress) -> None:
-    seed, shape = int(origin["seed"]), recipe.shape
+def _train(partial: Path, recipe: TrainingRecipe, origin: Origin, on_progress: Progress) -> None:
+    """Train what an interrupted build has left undone, and describe the whole."""
+    made, seed, shape = _Made.open(partial, origin), int(origin["seed"]), recipe.shape
     with one_thread_each():
-        base = train_base(shape, recipe.base, _generator(seed, "base"), on_progress)
-        weights = {"base": _save(base, shape, directory / "base", f"part-skilled base, seed {seed}")}
+        if "base" not in made.weights:
+            trained = train_base(shape, recipe.base, _generator(seed, "base"), on_progress)
+            made.add("base", trained, shape, f"part-skilled base, seed {seed}")
+        # Also where it was trained just now: experts follow from what was written, whoever goes on.
+        base = _read(new_model(shape, _generator(seed, "base")), partial / "base")
         for name, training in recipe.experts.items():
-            expert = train_expert(base, name, training, _generator(seed, name), on_progress)
-            title = f"expert on {', '.join(training.own)}, seed {seed}"
-            weights[name] = _save(expert, shape, directory / name, title)
+            if name not in made.weights:
+                expert = train_expert(base, name, training, _generator(seed, name), on_progress)
+                made.add(name, expert, shape, f"expert on {', '.join(training.own)}, seed {seed}")
+    weights = {name: made.weights[name] for name in ("base", *recipe.experts)}
     record = {**origin, "experts": list(recipe.experts), "weights": weights}
     if "python" in origin:
         record["text"] = f"sha256:{text.digest()}"
-    (directory / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (partial / _MADE).unlink()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """The models that a build has finished, and what their weights hash to; other folders are cut short."""
+
+    folder: Path
+    origin: Origin
+    weights: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path, origin: Origin) -> _Made:
+        """What an interrupted build of the same zoo has left in a folder; whatever else lies there goes."""
+        try:
+            told = json.loads((folder / _MADE).read_text())
+        except (OSError, ValueError):
+            told = {}
+        weights = told["weights"] if told.get("origin") == origin else {}
+        whole = {name: digest for name, digest in weights.items() if _digest(folder / name) == digest}
+        for path in [*folder.iterdir()] if folder.exists() else ():
+            if path.name not in whole:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        folder.mkdir(exist_ok=True)
+        return cls(folder=folder, origin=origin, weights=whole)
+
+    def add(self, name: str, model: LlamaForCausalLM, shape: Shape, title: str) -> None:
+        """Write a model; it need not be trained again from here on."""
+        self.weights[name] = _save(model, shape, self.folder / name, title)
+        told = {"origin": self.origin, "weights": self.weights}
+        files.replace(self.folder / _MADE, json.dumps(told).encode())
+
+
+def _read(model: LlamaForCausalLM, directory: Path) -> LlamaForCausalLM:
+    """A model of the right shape with the weights of a directory; the head is the embedding."""
+    model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+    return model
 
 
 def _existing(directory: Path, origin: Origin) -> Zoo:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from merge_core import files
 from merge_core.checkpoint.published import read_bounded
@@ -107,9 +109,10 @@ def measure(
         told = json.loads(read_bounded(path, _MAX_RECORD))
         if told["origin"] == origin:
             return _parsed(told)
-    labels = _examined(catalogue, limit, on_progress)
+    labels = _examined(catalogue, limit, _begun(path), origin, on_progress)
     listed = [[*merged.experts, merged.operator, merged.right] for merged in labels.merges]
     files.replace(path, json.dumps({"origin": origin, "alone": labels.alone, "merges": listed}).encode())
+    _begun(path).unlink(missing_ok=True)
     return labels
 
 
@@ -129,23 +132,69 @@ def measure_chains(
         rights = told["right"] if told["origin"] == origin else []
     if not rights:
         with _examiner(catalogue, limit) as examiner:
-            for done, chain in enumerate(wanted):
-                on_progress("merge and score chains", done, len(wanted))
-                rights.append(examiner.merged(chain))
+            asked = [partial(examiner.merged, chain) for chain in wanted]
+            rights = _answered(asked, _begun(path), origin, "merge and score chains", on_progress)
         files.replace(path, json.dumps({"origin": origin, "right": rights}).encode())
+        _begun(path).unlink(missing_ok=True)
     return tuple(Chained(chain=c, right=r) for c, r in zip(wanted, rights, strict=True))
 
 
-def _examined(catalogue: Catalogue, limit: int | None, on_progress: Progress) -> Labels:
+def _examined(
+    catalogue: Catalogue, limit: int | None, begun: Path, origin: Mapping[str, Any], on_progress: Progress
+) -> Labels:
+    names = ("base", *catalogue.experts)
     wanted = [(pair, operator) for pair in combinations(catalogue.experts, 2) for operator in OPERATORS]
     with _examiner(catalogue, limit) as examiner:
-        alone = {name: examiner.alone(name) for name in ("base", *catalogue.experts)}
-        merges = []
-        for done, (pair, operator) in enumerate(wanted):
-            on_progress("merge and score", done, len(wanted))
-            right = examiner.merged(Chain(experts=pair, operators=(operator,)))
-            merges.append(Merged(experts=pair, operator=operator, right=right))
-    return Labels(alone=alone, merges=tuple(merges))
+        asked = [partial(examiner.alone, name) for name in names]
+        asked += [partial(examiner.merged, Chain(experts=p, operators=(o,))) for p, o in wanted]
+        rights = _answered(asked, begun, origin, "merge and score", on_progress)
+    merges = [
+        Merged(experts=pair, operator=operator, right=right)
+        for (pair, operator), right in zip(wanted, rights[len(names) :], strict=True)
+    ]
+    return Labels(alone=dict(zip(names, rights, strict=False)), merges=tuple(merges))
+
+
+def _begun(path: Path) -> Path:
+    """Where the answers lie that an interrupted measurement got, until `path` holds all."""
+    return path.with_name(f".{path.name}l.partial")
+
+
+def _answered(
+    asked: Sequence[Callable[[], Right]],
+    begun: Path,
+    origin: Mapping[str, Any],
+    what: str,
+    on_progress: Progress,
+) -> list[Right]:
+    """Every answer in order; each is a line of `begun`, so that nothing is asked twice."""
+    head = json.dumps({"origin": origin}).encode() + b"\n"
+    with begun.open("a+b") as file:
+        file.seek(0)
+        rights = _rights(file, head)
+        if not rights:
+            file.truncate(0)
+            file.write(head)
+        for done, answer in enumerate(asked[len(rights) :], len(rights)):
+            on_progress(what, done, len(asked))
+            rights.append(answer())
+            file.write(json.dumps(rights[-1]).encode() + b"\n")
+            file.flush()
+    return rights
+
+
+def _rights(file: BinaryIO, head: bytes) -> list[Right]:
+    """The whole lines that follow `head`, and nothing after them any more."""
+    rights: list[Right] = []
+    if file.readline(_MAX_RECORD) != head:
+        return rights
+    good = len(head)
+    with suppress(ValueError):
+        while (line := file.readline(_MAX_RECORD)).endswith(b"\n"):
+            rights.append(json.loads(line))
+            good += len(line)
+    file.truncate(good)
+    return rights
 
 
 @contextmanager

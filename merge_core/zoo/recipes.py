@@ -17,9 +17,13 @@ and the task vectors, which then hardly conflict, are summed, not averaged.
 
 from __future__ import annotations
 
+import json
+import platform
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from typing import Any
 
 from merge_core.zoo import text
 from merge_core.zoo.domains import DEMO_DOMAINS, VOCABULARY
@@ -179,3 +183,14 @@ RECIPES = {
     ),
 }
 """By the name that `build` takes for a size."""
+
+_VERSION = 2
+
+
+def origin(seed: int, size: str) -> dict[str, Any]:
+    """What a zoo is a function of: version, seed, size and its recipe, torch, Python where it gives text."""
+    recipe, versions = RECIPES[size], {"torch": metadata.version("torch")}
+    if not set(text.TEXT_DOMAINS).isdisjoint(recipe.domains):
+        versions["python"] = platform.python_version()
+    settings = json.loads(json.dumps(asdict(recipe)))
+    return {"version": _VERSION, "seed": seed, "size": size, "recipe": settings, **versions}

@@ -4,6 +4,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from merge_core.errors import CorruptCheckpoint, MergeCoreError
 from merge_core.evaluation.loading import load_model, load_tokenizer
 from merge_core.evaluation.scoring import score
-from merge_core.zoo import DEMO_DOMAINS, DOMAINS, Zoo, build
-from merge_core.zoo.domains import LENGTH, SKILLS, SPLITS, decode, encode, items
-from merge_core.zoo.recipes import RECIPES
+from merge_core.zoo.build import Zoo, build
+from merge_core.zoo.domains import DEMO_DOMAINS, DOMAINS, LENGTH, SKILLS, SPLITS, decode, encode, items
+from merge_core.zoo.recipes import RECIPES, Shape
 from merge_core.zoo.tasks import task
 from merge_core.zoo.training import exact_share, sequences
 
@@ -150,13 +151,61 @@ def test_altered_weights_are_noticed(zoo: Zoo, tmp_path: Path) -> None:
         build(tmp_path / "zoo", seed=0, size="fixture")
 
 
-def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A size of zoo that is trained in a moment."""
+    experts = {name: replace(expert, steps=10) for name, expert in RECIPES["fixture"].experts.items()}
+    recipe = replace(
+        RECIPES["fixture"],
+        shape=Shape(hidden=16, intermediate=16),
+        base=replace(RECIPES["fixture"].base, steps=5, skill=None),
+        experts=experts,
+    )
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
+    return "tiny"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("at", ["train base", "train expert rev", "train expert brk"])
+def test_an_interrupted_build_goes_on_with_what_it_had_finished(tiny: str, tmp_path: Path, at: str) -> None:
+    build(tmp_path / "whole", seed=3, size=tiny)
+    told: list[str] = []
+
+    def interrupt(what: str, *_: object) -> None:
+        told.append(what)
+        if what == at:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "zoo", seed=0, size="fixture", on_progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
+        build(tmp_path / "zoo", seed=3, size=tiny, on_progress=interrupt)
+    assert not (tmp_path / "zoo").exists()
+    finished, told = told[:-1], []
+    build(tmp_path / "zoo", seed=3, size=tiny, on_progress=lambda what, *_: told.append(what))
+    steps = ["train base", *(f"train expert {name}" for name in DEMO_DOMAINS)]
+    assert finished + told == steps and told[0] == at
+    assert contents(tmp_path / "zoo") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole", "zoo"]
+
+
+def test_what_was_cut_short_or_is_of_another_seed_is_trained_again(tiny: str, tmp_path: Path) -> None:
+    def until_brk(what: str, *_: object) -> None:
+        if what == "train expert brk":
+            raise KeyboardInterrupt
+
+    for seed in (4, 3):
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "zoo", seed=seed, size=tiny, on_progress=until_brk)
+    weights = tmp_path / ".zoo.partial" / "sort" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    told: list[str] = []
+    build(tmp_path / "zoo", seed=3, size=tiny, on_progress=lambda what, *_: told.append(what))
+    assert told == ["train expert sort", "train expert brk"]
+    build(tmp_path / "whole", seed=3, size=tiny)
+    assert contents(tmp_path / "zoo") == contents(tmp_path / "whole")
 
 
 def test_an_unknown_size_names_those_that_there_are(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from merge_core.evaluation.loading import load_model, load_tokenizer
 from merge_core.evaluation.scoring import score
 from merge_core.evolution.fitness import refuse_shared
 from merge_core.simmerge.chains import OPERATORS, Chain
-from merge_core.zoo import Zoo, labels
+from merge_core.zoo import labels
+from merge_core.zoo.build import Zoo
 from merge_core.zoo.catalogue import ROLES, Catalogue, items, open_catalogue
 from merge_core.zoo.labels import Labels, measure, measure_chains, sampled, utility
 from merge_core.zoo.recipes import RECIPES, catalogue
@@ -145,6 +146,37 @@ def test_what_was_measured_is_read_and_not_measured_again(
     other = dataclasses.replace(small, record=small.record.replace(b'"seed": 0', b'"seed": 1'))
     with pytest.raises(AssertionError, match="merged again"):
         measure(other, limit=LIMIT)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"labels": {"re', b"\n"])
+def test_an_interrupted_measurement_goes_on_where_it_was(
+    small: Catalogue, measured: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bytes
+) -> None:
+    before = (small.directory / "labels.json").read_bytes()
+    shutil.copytree(small.directory, tmp_path / "zoo")
+    again = open_catalogue(tmp_path / "zoo", seed=0, size="fixture")
+    (tmp_path / "zoo" / "labels.json").unlink()
+    told: list[int] = []
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        told.append(done)
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(again, limit=LIMIT, on_progress=interrupt)
+    (begun,) = (tmp_path / "zoo").glob(".labels*")
+    with begun.open("ab") as file:
+        file.write(torn)
+
+    def never(*_: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(labels._Examiner, "alone", never)
+    assert measure(again, limit=LIMIT, on_progress=lambda what, done, total: told.append(done)) == measured
+    assert told == [*range(7), *range(6, 4 + len(measured.merges))]
+    assert (tmp_path / "zoo" / "labels.json").read_bytes() == before
+    assert not begun.exists()
 
 
 def test_a_catalogue_with_an_altered_expert_is_not_opened(small: Catalogue, tmp_path: Path) -> None:
