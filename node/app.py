@@ -29,6 +29,7 @@ from node.identity.keyring import Identity
 if TYPE_CHECKING:
     from merge_core.digest import ModelId
     from merge_core.recipe import Recipe
+    from merge_core.simmerge.predictor import Predictor
     from node.catalog.hashes import HashCache
     from node.catalog.shelf import Added, Shelf
     from node.config import Config
@@ -123,7 +124,8 @@ def start_detached(home: Home, settings: Config) -> None:
             env={**os.environ, "WEFT_HOME": str(home.root)},
         )
     deadline = time.monotonic() + START_SECONDS
-    while running.find(home) is None:
+    # Until the child has read what a killed node left, that names an address at which nobody answers.
+    while (found := running.find(home)) is None or found.pid != child.pid:
         if child.poll() is not None or time.monotonic() > deadline:
             words = home.log.read_text(errors="replace").strip().splitlines()
             why = next(
@@ -322,6 +324,19 @@ def partners(
     compared = max((answer.compared for answer in answers), default=0)
     moved = max((answer.moved for answer in answers), default=0)
     return mine, known, [_candidate(answer.candidate) for answer in answers], compared, moved
+
+
+def predictor(path: Path | None) -> Predictor:
+    """What was learned of merges: in a file, else what ships with weft. Raises CorruptCheckpoint, LocalError."""
+    from merge_core.checkpoint.published import read_bounded
+    from merge_core.simmerge import predictor as learned
+
+    if path is None:
+        return learned.default()
+    try:
+        return learned.Predictor.parse(read_bounded(path, learned.MAX_PREDICTOR))
+    except OSError as error:
+        raise LocalError(f"{path} cannot be read: {error.strerror}", hint=f"ls -l {path}") from error
 
 
 def _candidate(message: Any) -> Candidate:
@@ -560,11 +575,20 @@ def lineage(home: Home, directory: Path) -> Lineage:
     return follow(directory, known_places(home).find)
 
 
+def zoo_folder(seed: int) -> Path:
+    """Where the demo's models of a seed are kept: those of another version, recipe or torch lie elsewhere."""
+    from merge_core.digest import sha256
+    from merge_core.zoo.recipes import origin
+
+    made_from = sha256(json.dumps(origin(seed, "demo"), sort_keys=True).encode())
+    return Path(platformdirs.user_cache_dir("weft")) / "zoo" / f"demo-{seed}-{made_from.hex[:16]}"
+
+
 def zoo(seed: int, *, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The demo's base and experts: {base, experts}; trained once on a machine, then taken from its cache."""
     from node.worker import process
 
-    folder = Path(platformdirs.user_cache_dir("weft")) / "zoo" / f"seed-{seed}"
+    folder = zoo_folder(seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     request = {"directory": str(folder), "seed": seed, "size": "demo"}
     return asyncio.run(process.run("zoo", request, on_event=on_event))
