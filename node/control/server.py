@@ -142,12 +142,12 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
         return views.plan(await self._node.merging.plan(recipes.parse(request.recipe)))
 
     async def StartMerge(self, request: pb.StartMergeRequest, context: Any) -> pb.StartMergeResponse:
-        recipes.parse(request.recipe)
+        recipe = recipes.parse(request.recipe).to_yaml()
         created = Created(
             kind=JobKind.MERGE,
             title=f"merge into {Path(request.directory).name}",
             request={
-                "recipe": request.recipe,
+                "recipe": recipe,
                 "directory": _absolute(request.directory),
                 "publish_as": request.publish_as,
                 **_how(request).to_json(),
@@ -159,13 +159,12 @@ class NodeServicer(control_pb2_grpc.NodeServicer):
         return pb.StartMergeResponse(job=self._start(request.request_id, created))
 
     async def StartEvolve(self, request: pb.StartEvolveRequest, context: Any) -> pb.StartEvolveResponse:
-        recipes.parse(request.recipe)
-        search = _search(request)
+        recipe, search = recipes.parse(request.recipe).to_yaml(), _search(request)
         created = Created(
             kind=JobKind.EVOLVE,
             title=f"search for {Path(request.directory).name}",
             request={
-                "recipe": request.recipe,
+                "recipe": recipe,
                 "directory": _absolute(request.directory),
                 **search.to_json(),
                 "processes": search.processes,
