@@ -83,6 +83,9 @@ def plan(
     ] = None,
     base: Base = None,
     probes: Probes = None,
+    predictor: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --auto: what was learned elsewhere.")
+    ] = None,
 ) -> None:
     """Resolve a recipe and show its cost; or write one, with --auto. No weights move."""
     from node.errors import UsageError
@@ -90,7 +93,14 @@ def plan(
     if auto:
         wanted = [word.strip() for word in tasks.split(",") if word.strip()]
         plan_auto(
-            models, base=base, probes=probes, tasks=wanted, subsets=subsets, explain=explain, output=output
+            models,
+            base=base,
+            probes=probes,
+            tasks=wanted,
+            subsets=subsets,
+            predictor=predictor,
+            explain=explain,
+            output=output,
         )
         return
     for flag, given in (
@@ -100,6 +110,7 @@ def plan(
         ("-o", output),
         ("--base", base),
         ("--probes", probes),
+        ("--predictor", predictor),
     ):
         if given:
             raise UsageError(f"{flag} goes with --auto", hint=f"weft plan --auto {flag} … A B")

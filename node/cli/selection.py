@@ -107,11 +107,11 @@ def plan_auto(
     probes: str | None,
     tasks: list[str],
     subsets: bool,
+    predictor: Path | None,
     explain: bool,
     output: Path | None,
 ) -> None:
     """Advise on a merge, and write its recipe."""
-    from merge_core.simmerge.predictor import default
     from node import app
     from node.errors import UsageError
     from node.home import Home
@@ -125,7 +125,7 @@ def plan_auto(
     found, known = app.candidates(home, models, base=base, probes=probes, silent=silent)
     if known is None:
         out.say("[yellow]mind:[/] no base is known, so operators on task vectors are left out: --base MODEL")
-    advised = auto.plan(found, known, default(), tasks=tasks, subsets=subsets)
+    advised = auto.plan(found, known, app.predictor(predictor), tasks=tasks, subsets=subsets)
     data = {
         "models": [candidate_data(candidate) for candidate in found],
         "base": candidate_data(known) if known else None,

@@ -159,6 +159,16 @@ class ControlClient:
         request = selection_pb.FindPartnersRequest(sketch=sketch, base=base, count=count)
         return list(self._stream(self._selection.FindPartners, request))
 
+    def outcomes(self) -> list[selection_pb.ListOutcomesResponse]:
+        """What merges turned out to be worth, as peers and this node say."""
+        return list(self._stream(self._selection.ListOutcomes, selection_pb.ListOutcomesRequest()))
+
+    def record_outcome(self, outcome: bytes) -> str:
+        """Sign an outcome as this node's and tell everybody; its digest."""
+        request = selection_pb.RecordOutcomeRequest(outcome=outcome)
+        digest: str = self._call(self._selection.RecordOutcome, request).digest
+        return digest
+
     def faults(self) -> list[selection_pb.FaultView]:
         """What is said about fingerprints."""
         pages = self._pages(self._selection.ListFaults, selection_pb.ListFaultsRequest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import sha256
 from merge_core.errors import InvalidRecipe
 from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.outcomes import Outcome as Measured
+from merge_core.simmerge.predictor import Layer, Predictor
 from merge_core.simmerge.sketcher import compute
 from node import app, daemon
 from node.catalog.book import Outcome
@@ -37,6 +40,7 @@ from node.identity.envelopes import seal
 from node.identity.keys import HostKey
 from node.network.memory import Fabric, MemoryNetwork
 from node.provenance.fault import Standing, accusations
+from node.selection import outcomes
 
 pytestmark = pytest.mark.anyio
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16}
@@ -236,18 +240,28 @@ async def test_weights_that_are_not_what_their_fingerprint_says_are_not_kept_and
     assert "FALSE" in capsys.readouterr().out
 
 
-async def test_similarity_is_told_of_peers_and_directories_together(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WEFT_HOME", str(pair.bob.home.root))
-    near = write(pair.models / "near", 1, 2, 3)
+Weft = Callable[..., Awaitable[tuple[int, Any, str]]]
 
-    async def weft(*words: object) -> tuple[int, Any, str]:
+
+@pytest.fixture
+def weft(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Weft:
+    """`await weft("sim", "a", "b")` as Bob: exit code, the envelope on stdout, and stderr."""
+    monkeypatch.setenv("WEFT_HOME", str(pair.bob.home.root))
+    monkeypatch.chdir(tmp_path)
+
+    async def run(*words: object) -> tuple[int, Any, str]:
         capsys.readouterr()
         code = await asyncio.to_thread(main.run, ["--json", *map(str, words)])
         said = capsys.readouterr()
         return code, json.loads(said.out), said.err
 
+    return run
+
+
+async def test_similarity_is_told_of_peers_and_directories_together(pair: Pair, weft: Weft) -> None:
+    near = write(pair.models / "near", 1, 2, 3)
     code, told, _ = await weft("sim", "math", "code", near, "--base", "base")
     assert code == 0, told
     data = told["data"]
@@ -266,3 +280,97 @@ async def test_similarity_is_told_of_peers_and_directories_together(
     assert code == 6 and "the same model" in failed["error"]["why"]
     code, failed, _ = await weft("sim", "math")
     assert code == 2 and "partners" in failed["error"]["hint"]
+
+
+def fond_of(operator: str, folder: Path) -> Path:
+    """A predictor that prefers one operator, the more the less task vectors have in common."""
+    operators = ("linear", "task_arithmetic", "ties")
+    bias = np.array([[0.9 if name == operator else 0.5 for name in operators]], np.float32)
+    weights = np.array([[[-0.1 if name == operator else 0.0 for name in operators]]], np.float32)
+    learned = Predictor(
+        names=("task_cosine",),
+        operators=operators,
+        centre=np.zeros(1, np.float32),
+        spread=np.ones(1, np.float32),
+        flags=(),
+        layers=(Layer(weights=weights, bias=bias),),
+        provenance={"of": "a test"},
+    )
+    path = folder / f"{operator}.safetensors"
+    path.write_bytes(learned.to_bytes())
+    return path
+
+
+async def test_a_plan_is_made_of_what_peers_hold_and_its_recipe_merges(
+    pair: Pair, weft: Weft, tmp_path: Path
+) -> None:
+    fond = fond_of("task_arithmetic", tmp_path)
+    written = tmp_path / "recipe.yaml"
+    words = ("plan", "--auto", "math", "code", "--predictor", fond, "--explain")
+    code, told, _ = await weft(*words, "-o", written)
+    assert code == 0, told
+    data = told["data"]
+    assert data["best"]["chain"] == "task_arithmetic(math, code)" and data["considered"] == 3
+    assert data["written"] == [str(written)] and not data["undecided"]
+    assert data["best"]["utility"] > data["alternatives"][0]["utility"]
+    assert [reason["feature"] for reason in data["reasons"]] == ["task_cosine"]
+    assert 0 < data["moved"] < 1_000_000 and not list(pair.bob.home.parents.glob("*"))
+
+    text = written.read_text()
+    assert f"# {pair.ids['math']} is math" in text
+    assert set(recipes.parse(text).models) == {pair.ids[name] for name in ("base", "math", "code")}
+    code, merged, _ = await weft("merge", written, "-o", tmp_path / "merged")
+    assert code == 0, merged
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+    code, told, _ = await weft(*words[:-1], "--tasks", "law")
+    assert code == 6 and "'law'" in told["error"]["why"]
+    code, told, _ = await weft("plan", "--auto", "math")
+    assert code == 2
+    code, told, _ = await weft("plan", "math", "--explain")
+    assert code == 2 and "--auto" in told["error"]["why"]
+    code, told, _ = await weft("plan", "--auto", "math", "code", "--predictor", written)
+    assert code == 5 and "not a predictor" in told["error"]["why"]
+
+
+async def test_partners_are_found_among_all_that_is_advertised(pair: Pair, weft: Weft) -> None:
+    mine = write(pair.models / "mine", 1, 9)
+    code, told, _ = await weft("partners", mine, "--base", "base", "-n", "2")
+    assert code == 0, told
+    data = told["data"]
+    assert {p["name"] for p in data["partners"]} <= {"math", "code", "false"} and len(data["partners"]) == 2
+    assert data["compared"] == 4 and 0 < data["moved"] < 1_000_000
+    assert all(abs(p["task_cosine"]) < 0.3 for p in data["partners"])
+
+
+async def test_an_outcome_that_one_node_measured_is_what_the_other_learns_from(pair: Pair) -> None:
+    bob, alice = pair.bob, pair.alice
+    first, second = await bob.seeker.find("math"), await bob.seeker.find("code")
+    measured = Measured.of(
+        pair=(first.fingerprint.digest, second.fingerprint.digest),
+        operator="ties",
+        plan=sha256(b"plan"),
+        task="maths",
+        items=sha256(b"items"),
+        values=np.array([0.25]),
+        missing=np.array([False]),
+        names=("task_cosine",),
+        utility=0.75,
+    )
+
+    def tell() -> str:
+        with ControlClient.connect(bob.home) as node:
+            return node.record_outcome(measured.to_bytes())
+
+    assert await asyncio.to_thread(tell) == measured.digest
+    await until(lambda: len(alice.outcomes.book.records()) == 1)
+
+    def heard() -> list[Any]:
+        with ControlClient.connect(alice.home) as node:
+            return node.outcomes()
+
+    (record,) = await asyncio.to_thread(heard)
+    assert record.author == bob.identity.peer_id and Measured.parse(record.outcome) == measured
+    learned = Predictor.parse(fond_of("ties", alice.home.root).read_bytes())
+    states = {outcomes.learned(learned, node.outcomes.book).to_bytes() for node in (alice, bob)}
+    assert len(states) == 1
