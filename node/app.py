@@ -327,7 +327,7 @@ def partners(
 
 
 def predictor(path: Path | None) -> Predictor:
-    """What was learned of merges: in a file, else what ships with weft. Raises CorruptCheckpoint, LocalError."""
+    """What was learned of merges: in a file, else what ships. Raises CorruptCheckpoint, LocalError."""
     from merge_core.checkpoint.published import read_bounded
     from merge_core.simmerge import predictor as learned
 
