@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 Weft = Callable[..., Any]
 
@@ -123,6 +125,16 @@ def test_what_cannot_be_sought_leaves_nothing_behind(
     said = weft("--json", "evolve", "recipe.yml", "-o", "found", "--processes", 1, *words)
     assert (said.code, why in said.error["why"]) == (code, True), said
     assert [path.name for path in desk.glob(".*")] == [] and not (desk / "found").exists()
+
+
+def test_where_nothing_can_be_compared_nothing_is_left(weft: Weft, desk: Path) -> None:
+    path = desk / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = np.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    said = weft("--json", "evolve", "recipe.yml", "-o", "found", "--tasks", "words.jsonl", *SMALL)
+    assert said.code == 6 and "nothing to compare with" in said.error["why"]
+    assert [path.name for path in desk.glob(".*")] == []
 
 
 def test_nothing_is_written_over(weft: Weft, desk: Path) -> None:

@@ -20,7 +20,7 @@ from merge_core.evaluation.tasks import Item, Metric, Task
 from merge_core.evolution import fitness
 from merge_core.evolution.fitness import BROKEN, MOST, Reading, Readings, cost, portion, yardsticks
 from merge_core.evolution.genome import Genome, Shape
-from merge_core.evolution.journal import Journal, Question
+from merge_core.evolution.journal import Journal, Question, holds_candidates
 from merge_core.evolution.record import Judged, SearchRecord
 from merge_core.evolution.run import Evolution, Found, Generation
 from merge_core.evolution.search import Search, population, tools
@@ -199,6 +199,16 @@ def test_the_journal_of_another_search_is_neither_believed_nor_lost(tmp_path: Pa
     with pytest.raises(MergeCoreError, match="strange"):
         Journal(path, IDENTITY, tasks=2)
     assert path.read_bytes() == b"[]\n" + whole
+
+
+def test_what_base_and_start_read_is_not_worth_keeping(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    assert not holds_candidates(path)
+    search(path, Bowl())
+    lines = path.read_bytes().splitlines(keepends=True)
+    for count in range(5):
+        path.write_bytes(b"".join(lines[:count]))
+        assert holds_candidates(path) == (count == 4)
 
 
 def test_a_head_that_was_cut_short_is_written_again(tmp_path: Path) -> None:

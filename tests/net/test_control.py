@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from merge_core.evolution.genome import Shape
 from node import app, daemon
 from node.config import Config
 from node.control import running
@@ -21,6 +22,7 @@ from node.control.status import ControlError
 from node.domain.ticket import Ticket
 from node.errors import NodeNotRunning, VerificationFailed
 from node.home import Home
+from node.merging.evolve import Search
 from node.network.memory import Fabric, MemoryNetwork
 from node.wire.v1 import control_pb2 as pb
 from node.wire.v1 import control_pb2_grpc
@@ -139,6 +141,59 @@ async def test_a_ticket_for_another_network_is_refused(up: Up) -> None:
 async def test_shutdown_is_asked_for_not_forced(up: Up) -> None:
     await ask(up, lambda node: node.shutdown())
     await asyncio.wait_for(up.stopped.wait(), 5)
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob(".*")]
+
+
+RECIPE = """
+merge_method: task_arithmetic
+base_model: base
+models: [{model: math, parameters: {weight: 1.0}}]
+"""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"tasks": ["words.jsonl"]}, "not an absolute path"),
+        ({"reported": ["words.jsonl"]}, "not an absolute path"),
+        ({"tasks": []}, "1 to 256 tasks"),
+        ({"budget": 0}, "counts"),
+        ({"seed": -1}, "counts"),
+        ({"layers": -1}, "counts"),
+    ],
+)
+async def test_a_search_that_cannot_be_is_no_job(
+    up: Up, tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    asked = Search(tasks=("rev:dev",), shape=Shape()).to_json() | change
+    with pytest.raises(ControlError, match=why) as refused:
+        await ask(up, lambda node: node.start_evolve(RECIPE, tmp_path / "out", asked))
+    assert refused.value.exit_code == 2
+    assert await ask(up, lambda node: node.jobs()) == []
+
+
+@pytest.mark.anyio
+async def test_a_search_for_a_mistyped_task_fails_before_anything_is_asked_or_written(
+    up: Up, tmp_path: Path
+) -> None:
+    asked = Search(tasks=("rev:tset",), shape=Shape(layers=1), layers=2, budget=30).to_json()
+    job = await ask(up, lambda node: node.start_evolve(RECIPE, tmp_path / "out", asked))
+    ended = (await ask(up, lambda node: list(node.watch(job.id))))[-1]
+    assert (ended.kind, ended.state) == (pb.JOB_KIND_EVOLVE, pb.JOB_STATE_FAILED)
+    assert (ended.error.reason, ended.error.exit_code) == ("InvalidTask", 2)
+    assert "did you mean rev:test?" in ended.error.why
+    assert hidden(tmp_path) == []
+    with pytest.raises(ControlError, match="no search that goes on"):
+        await ask(up, lambda node: node.settle(job.id))
+    other = asked | {"budget": 31}
+    with pytest.raises(ControlError, match="has another budget"):
+        await ask(up, lambda node: node.start_evolve(RECIPE, tmp_path / "out", other, resume=True))
+    again = await ask(up, lambda node: node.start_evolve(RECIPE, tmp_path / "out", asked, resume=True))
+    assert again.id == job.id
 
 
 @pytest.mark.anyio
