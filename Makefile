@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-eval bench-catalogue bench-skills catalogue bench-candidates bench-evolve conformance exactness clean
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-eval bench-catalogue bench-skills catalogue bench-candidates bench-evolve bench-fingerprint conformance exactness clean
 
 setup: $(READY)
 
@@ -62,6 +62,10 @@ bench-evolve: setup
 
 bench-candidates: setup
 	@$(BIN)/python tests/bench/candidates.py
+
+# One thread: what is told of speed is that of one core.
+bench-fingerprint: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/fingerprint.py
 
 conformance: setup
 	@$(BIN)/python -m pytest -q -m "" tests/conformance
