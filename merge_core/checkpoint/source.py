@@ -5,6 +5,7 @@ A checkpoint on disk is one; a set of remote holders is another. What comes out 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,3 +46,18 @@ class TensorSource(Protocol):
         the bytes do not match their digest.
         """
         ...
+
+
+class ResidentSource(ABC):
+    """What a TensorSource is besides, if all of its tensors lie in memory, to be looked at without a copy."""
+
+    @abstractmethod
+    def view(self, tensor: str) -> memoryview:
+        """All of a tensor, as long as the source is open; it counts once `expect_unchanged` is called.
+
+        Raises KeyError on an unknown tensor.
+        """
+
+    @abstractmethod
+    def expect_unchanged(self) -> None:
+        """Raise CorruptCheckpoint if any byte may have changed since the source was made."""

@@ -9,7 +9,10 @@ or the model lies on a GPU, a piece of the output is held first, rounded as it w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,15 +21,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge_core.checkpoint import merkle
+from merge_core.checkpoint.source import ResidentSource
+from merge_core.digest import ModelId
 from merge_core.errors import Unmergeable
 from merge_core.execute import Material
 from merge_core.execute.materials import Materials
 from merge_core.execute.pool import INLINE
+from merge_core.execute.work import Work
 from merge_core.operators import find
-from merge_core.operators.base import Traced
+from merge_core.operators.base import Order, Traced, Value
 from merge_core.plan import MergePlan, TensorPlan
 
+_MOST_ORDERED = 1 << 27
+"""Elements of task vectors whose order is kept: 512 MiB."""
+
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output:
+    """Where a parameter lies, and its bytes."""
+
+    address: int
+    memory: memoryview
 
 
 class LiveModel:
@@ -40,20 +57,49 @@ class LiveModel:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._targets = _tensors(model)
         self._held = bytearray()
-        self._measured: dict[tuple[int, str], tuple[Any, Traced]] = {}
+        self._inputs: tuple[Material, ...] = ()
+        self._materials: Materials | None = None
+        self._works: dict[tuple[int, str], Work] = {}
+        self._outputs: dict[str, _Output] = {}
+        self._measured: dict[tuple[int, str], tuple[_Seen, Traced]] = {}
+        self._orders: dict[tuple[Hashable, Hashable], Order] = {}
+        self._room_for_orders = _MOST_ORDERED
 
     def fill(self, plan: MergePlan, inputs: Sequence[Material]) -> bool:
         """Make the model what a plan makes of its inputs; whether every number of it is finite.
 
         Where one is not, the model holds part of the merge. Raises Unmergeable where the plan makes another
-        kind of model.
+        kind of model, CorruptCheckpoint where an input was written to.
         """
-        self._check(plan)
-        materials = Materials(plan, inputs)
+        materials = self._taken_up(plan, inputs)
         for step, made in enumerate(plan.steps):
             for tensor in made.tensors:
                 self._measure(materials, plan, step, tensor)
-        return all(self._fill(materials, len(plan.steps) - 1, tensor) for tensor in plan.tensors)
+        sound = all(self._fill(materials, len(plan.steps) - 1, tensor) for tensor in plan.tensors)
+        for item in inputs:
+            if isinstance(item.tensors, ResidentSource):
+                item.tensors.expect_unchanged()
+        return sound
+
+    def _taken_up(self, plan: MergePlan, inputs: Sequence[Material]) -> Materials:
+        """The materials of the last candidate where a plan varies its parameters alone; else new ones."""
+        same = len(inputs) == len(self._inputs) and all(map(operator.is_, inputs, self._inputs))
+        if not same or self._materials is None or not self._materials.vary(plan):
+            self._check(plan)
+            self._materials, self._inputs = Materials(plan, inputs), tuple(inputs)
+            self._works.clear()
+        return self._materials
+
+    def _work(self, materials: Materials, step: int, tensor: TensorPlan) -> Work:
+        """The work on a tensor: the last candidate's, where it lasts."""
+        work = self._works.get((step, tensor.name))
+        if work is not None:
+            work.vary(tensor)
+            return work
+        work = materials.work(step, tensor.name)
+        if work.lasts:
+            self._works[step, tensor.name] = work
+        return work
 
     def _measure(self, materials: Materials, plan: MergePlan, step: int, tensor: TensorPlan) -> None:
         """Trace a tensor, or remember what was traced of it for the last candidate.
@@ -65,15 +111,32 @@ class LiveModel:
             materials.measured(step, tensor.name, INLINE)
             return
         seen, traced = self._measured.get((step, tensor.name), (None, None))
-        found = materials.measured(step, tensor.name, INLINE, known=traced if seen == known else None)
-        self._measured[step, tensor.name] = known, found
+        if seen != known:
+            # Whoever asks a second time goes on asking: then an order pays.
+            orders = None if seen is None else partial(self._order, known.operands)
+            work = self._work(materials, step, tensor)
+            traced = materials.measured(step, tensor.name, INLINE, work=work, orders=orders)
+            self._measured[step, tensor.name] = known, traced
+            return
+        materials.measured(step, tensor.name, INLINE, known=traced)
+
+    def _order(
+        self, operands: Hashable, by: Hashable, length: int, make: Callable[[], Order]
+    ) -> Order | None:
+        """The order of a tensor, while there is room for it."""
+        if (operands, by) not in self._orders:
+            if length > self._room_for_orders:
+                return None
+            self._orders[operands, by] = make()
+            self._room_for_orders -= length
+        return self._orders[operands, by]
 
     def _fill(self, materials: Materials, step: int, tensor: TensorPlan) -> bool:
         target = self._targets[tensor.name]
-        work = materials.work(step, tensor.name)
+        work = self._work(materials, step, tensor)
         traced = materials.traced(step, tensor.name)
         straight = target.device.type == "cpu" and target.dtype == _DTYPES.get(tensor.dtype)
-        out = _bytes(target) if straight else self._room(tensor.info.length)
+        out = self._memory(tensor.name, target) if straight else self._room(tensor.info.length)
         size = work.leaves_per_piece * merkle.LEAF_SIZE
         for piece in range(work.pieces):
             start = piece * size
@@ -84,6 +147,13 @@ class LiveModel:
             with torch.no_grad():
                 target.copy_(stored)
         return True
+
+    def _memory(self, name: str, target: Tensor) -> memoryview:
+        """The memory of a parameter, which who evaluates it may have replaced."""
+        known = self._outputs.get(name)
+        if known is None or known.address != target.data_ptr():
+            known = self._outputs[name] = _Output(address=target.data_ptr(), memory=_bytes(target))
+        return known.memory
 
     def _room(self, length: int) -> memoryview:
         if len(self._held) < length:
@@ -105,15 +175,25 @@ class LiveModel:
             )
 
 
-def _seen_by_measure(plan: MergePlan, step: int, tensor: TensorPlan) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What decides what is measured of a tensor."""
+
+    operator: str
+    operands: tuple[tuple[ModelId, str], ...]
+    parameters: Mapping[str, Value]
+
+
+def _seen_by_measure(plan: MergePlan, step: int, tensor: TensorPlan) -> _Seen | None:
     """All that decides what is measured of a tensor; None where that is more than its own inputs say."""
-    operator = find(tensor.operator)
-    earlier = any(operand.source >= len(plan.inputs) for operand in tensor.operands)
-    if operator.measure is None or operator.chance or earlier or plan.steps[step].tokenizer is not None:
+    formula = find(tensor.operator)
+    if formula.measure is None or formula.chance or plan.steps[step].tokenizer is not None:
         return None
-    operands = [(plan.inputs[operand.source], operand.tensor) for operand in tensor.operands]
-    seen = {name: value for name, value in tensor.parameters.items() if name not in operator.unmeasured}
-    return operator.name, operands, seen
+    if any(operand.source >= len(plan.inputs) for operand in tensor.operands):
+        return None
+    operands = tuple((plan.inputs[operand.source], operand.tensor) for operand in tensor.operands)
+    seen = {name: value for name, value in tensor.parameters.items() if name not in formula.unmeasured}
+    return _Seen(formula.name, operands, seen)
 
 
 def _tensors(model: Any) -> Mapping[str, Tensor]:

@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.manifest import LeafTable
 from merge_core.checkpoint.reader import Checkpoint, FileStamp
-from merge_core.checkpoint.source import TensorInfo
+from merge_core.checkpoint.source import ResidentSource, TensorInfo
 from merge_core.errors import CorruptCheckpoint
 
 
-class MappedSource:
+class MappedSource(ResidentSource):
     """A TensorSource over a checkpoint that stays as it is: a file written to meanwhile is refused."""
 
     def __init__(
@@ -27,6 +27,7 @@ class MappedSource:
         """
         self._checkpoint = checkpoint
         self._stamps = {name: checkpoint.stamp(name) for name in checkpoint.tensors}
+        self._one_of_each_file = {(s.device, s.inode): name for name, s in self._stamps.items()}.values()
         self._views = {name: checkpoint.view(name) for name in checkpoint.tensors}
         for name, stamp in self._stamps.items():
             if stamp not in hashed:
@@ -44,11 +45,23 @@ class MappedSource:
         view = self._views[tensor]
         if not 0 <= offset <= offset + length <= len(view):
             raise ValueError(f"bytes {offset} to {offset + length} of {tensor}, which has {len(view)}")
+        self._expect_unchanged(tensor)
+        return view[offset : offset + length]
+
+    def view(self, tensor: str) -> memoryview:
+        """All of a tensor where it lies; whoever has looked at it calls `expect_unchanged` afterwards."""
+        return self._views[tensor]
+
+    def expect_unchanged(self) -> None:
+        """Raise CorruptCheckpoint if a file was written to since this was made."""
+        for tensor in self._one_of_each_file:
+            self._expect_unchanged(tensor)
+
+    def _expect_unchanged(self, tensor: str) -> None:
         if self._checkpoint.stamp(tensor) != self._stamps[tensor]:
             raise CorruptCheckpoint(
                 f"{self._checkpoint.path} was written to while it was read", hint="weft verify DIR"
             )
-        return view[offset : offset + length]
 
     def _verify(self, name: str, leaves: LeafTable) -> None:
         view = self._views[name]

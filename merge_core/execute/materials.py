@@ -18,7 +18,7 @@ from merge_core.execute.work import Work
 from merge_core.functional import result_files, source_files
 from merge_core.memory import CHUNK_ELEMENTS
 from merge_core.operators import COPY, find
-from merge_core.operators.base import Traced
+from merge_core.operators.base import Orders, Traced
 from merge_core.plan import MergePlan, Step, TensorPlan
 from merge_core.seeding import key
 from merge_core.tokenizer.union import Files
@@ -66,6 +66,20 @@ class Materials:
             self._check(index, step)
             self._sources.append(_Computed(self, index, step))
 
+    def vary(self, plan: MergePlan) -> bool:
+        """Go on with a plan that differs in parameters alone; False, where it does not, and nothing happens.
+
+        What was measured is forgotten.
+        """
+        if plan.inputs != self._plan.inputs or len(plan.steps) != len(self._plan.steps):
+            return False
+        if not all(map(_vary, self._plan.steps, plan.steps)):
+            return False
+        self._plan = plan
+        self._planned = [{tensor.name: tensor for tensor in step.tensors} for step in plan.steps]
+        self._traced = [{} for _ in plan.steps]
+        return True
+
     def work(self, step: int, tensor: str) -> Work:
         """The work on one tensor of a step."""
         planned = self._planned[step][tensor]
@@ -78,11 +92,18 @@ class Materials:
         )
 
     def measured(
-        self, step: int, tensor: str, pool: Pool, *, work: Work | None = None, known: Traced | None = None
+        self,
+        step: int,
+        tensor: str,
+        pool: Pool,
+        *,
+        work: Work | None = None,
+        known: Traced | None = None,
+        orders: Orders | None = None,
     ) -> Traced:
         """What is traced of one tensor, after all that it is computed from; `known` spares measuring it.
 
-        `work` is the work on it, if it goes on after this.
+        `work` is the work on it, if it goes on after this; `orders` keep what helps to measure it again.
         """
         planned = self._planned[step][tensor]
         for operand in planned.operands:
@@ -91,7 +112,7 @@ class Materials:
                 self.measured(below, operand.tensor, pool)
         if known is None:
             measures = find(planned.operator).measure is not None
-            known = self._measure(step, work or self.work(step, tensor), pool) if measures else {}
+            known = self._measure(step, work or self.work(step, tensor), pool, orders) if measures else {}
         if self._claimed is not None:
             claim = self._claimed.of(step, tensor)
             if close(claim, known, find(planned.operator).slack):
@@ -140,9 +161,9 @@ class Materials:
         """The functional files of the result, by name, sorted."""
         return result_files(self._plan, [material.files for material in self._inputs])
 
-    def _measure(self, step: int, work: Work, pool: Pool) -> Traced:
+    def _measure(self, step: int, work: Work, pool: Pool, orders: Orders | None) -> Traced:
         try:
-            return work.measure(pool)
+            return work.measure(pool, orders)
         except Unmergeable as error:
             raise self.damaged(step, work.tensor.name, range(work.pieces)) or error from error
 
@@ -194,6 +215,22 @@ class _Computed:
             view, offset, self._materials.traced(self._step, tensor)
         )
         return view
+
+
+def _vary(mine: Step, theirs: Step) -> bool:
+    """Whether two steps differ in parameters alone, and their rows are those of the models."""
+    return (
+        mine.tokenizer is theirs.tokenizer is None
+        and len(mine.tensors) == len(theirs.tensors)
+        and all(
+            a.name == b.name
+            and a.operator == b.operator
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.operands == b.operands
+            for a, b in zip(mine.tensors, theirs.tensors, strict=True)
+        )
+    )
 
 
 def _fault(planned: TensorPlan, info: TensorInfo | None) -> str | None:

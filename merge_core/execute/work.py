@@ -14,12 +14,12 @@ import numpy as np
 
 from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.finite import finite
-from merge_core.checkpoint.source import TensorInfo, TensorSource
+from merge_core.checkpoint.source import ResidentSource, TensorInfo, TensorSource
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute.pool import Pool
 from merge_core.memory import CHUNK_ELEMENTS, held
 from merge_core.operators import COPY, convert, find
-from merge_core.operators.base import Array, Chunk, Stored, Traced
+from merge_core.operators.base import Array, Chunk, Orders, Stored, Traced
 from merge_core.operators.scratch import scratch
 from merge_core.plan import TensorPlan
 
@@ -57,21 +57,31 @@ class Work:
         ]
         self._patterns = all(dtype == "BF16" for _, _, dtype in self._operands)
         self._keys = tuple(keys)
+        self._resident = self._in_memory()
         self._depth = depth
         self._row = tensor.row
         self._chunk = chunk_elements
         self.leaves_per_piece = 1 if self._copied else chunk_elements * self._size // merkle.LEAF_SIZE
         self.pieces = -(-self.leaves // self.leaves_per_piece)
 
+    @property
+    def lasts(self) -> bool:
+        """Whether `vary` may be called: nothing that is read moves, and nothing is left to chance."""
+        return self._resident is not None and not self._operator.chance
+
+    def vary(self, tensor: TensorPlan) -> None:
+        """Go on with the plan of the same tensor that differs in parameters alone."""
+        self.tensor = tensor
+
     # -- measuring -----------------------------------------------------------------------------------
 
-    def measure(self, pool: Pool) -> Traced:
+    def measure(self, pool: Pool, orders: Orders | None = None) -> Traced:
         """What the operator must know of the whole tensor; empty where that is nothing."""
         if self._operator.measure is None:
             return {}
         self._hold()
         try:
-            return self._operator.measure(_Stream(self, pool), self.tensor.parameters)
+            return self._operator.measure(_Stream(self, pool, orders), self.tensor.parameters)
         except Unmergeable as error:
             raise Unmergeable(f"{self.tensor.name}: {error.why}", hint=error.hint) from error
 
@@ -111,11 +121,16 @@ class Work:
         stored = convert.elements(out, self.tensor.dtype)
         first = offset // self._size
         start, stop = self._rows_around(first, first + len(stored))
-        arrays = self._read(start, stop)
+        chunk = Chunk(arrays=self._read(start, stop), start=start, row=self._row, keys=self._keys)
+        if self._operator.compiled and self.tensor.dtype == "F32" and len(chunk) == len(stored):
+            sound = self._operator.compiled(chunk, self.tensor.parameters, traced, stored)
+            if see:
+                see(chunk.arrays, stored)
+            return bool(sound) or convert.seal(stored)
         own = slice(first - start, first - start + len(stored))
-        values = self._apply(arrays, start, traced)[own]
+        values = self._apply(chunk, traced)[own]
         if see:
-            see([array[own] for array in arrays], values)
+            see([array[own] for array in chunk.arrays], values)
         return convert.narrow(values, self.tensor.dtype, stored)
 
     def digests(
@@ -159,19 +174,18 @@ class Work:
     def _hold(self) -> None:
         """From now on read every operand once, where all of them are small enough to stay in memory."""
         size = sum(source.tensors[name].length for name, source, _ in self._operands)
-        if self.pieces > 1 and held(self.tensor, size):
+        if self.pieces > 1 and self._resident is None and held(self.tensor, size):
             self._operands = [
                 (name, _Held(source, name, f"held {self._depth}.{index}"), dtype)
                 for index, (name, source, dtype) in enumerate(self._operands)
             ]
 
-    def _apply(self, arrays: tuple[Stored, ...], start: int, traced: Traced) -> Array:
-        """The output for operands from element `start` of the tensor on, as float32."""
-        chunk = Chunk(arrays=arrays, start=start, row=self._row, keys=self._keys)
+    def _apply(self, chunk: Chunk, traced: Traced) -> Array:
+        """The output for a chunk, as float32."""
         if self._operator.compiled is None:
             values: Array = self._operator.apply(chunk, self.tensor.parameters, traced).contiguous().numpy()
             return values
-        out = scratch(f"result {self._depth}", len(arrays[0]), np.float32)
+        out = scratch(f"result {self._depth}", len(chunk), np.float32)
         self._operator.compiled(chunk, self.tensor.parameters, traced, out)
         return out
 
@@ -181,8 +195,19 @@ class Work:
             return first, end
         return first // self._row * self._row, -(-end // self._row) * self._row
 
+    def _in_memory(self) -> tuple[Stored, ...] | None:
+        """All of every operand, where sources have them in memory as kernels take them."""
+        arrays = []
+        for name, source, dtype in self._operands:
+            if dtype != ("BF16" if self._patterns else "F32") or not isinstance(source, ResidentSource):
+                return None
+            arrays.append(convert.elements(source.view(name), dtype))
+        return _sealed(arrays)
+
     def _read(self, start: int, stop: int) -> tuple[Stored, ...]:
         """Elements of every operand: as they are stored if all are bfloat16, else as float32."""
+        if self._resident is not None:
+            return tuple(array[start:stop] for array in self._resident)
         found = []
         for index, (name, source, dtype) in enumerate(self._operands):
             size = dtypes.SIZES[dtype]
@@ -233,8 +258,9 @@ class _Held:
 class _Stream:
     """A Work as its operator sees it while measuring."""
 
-    def __init__(self, work: Work, pool: Pool) -> None:
+    def __init__(self, work: Work, pool: Pool, orders: Orders | None) -> None:
         self.length = work.length
+        self.orders = orders
         self._work = work
         self._pool = pool
 

@@ -19,7 +19,7 @@ formula uses the methods of the tensors that it is handed.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
@@ -42,6 +42,12 @@ Array: TypeAlias = NDArray[np.float32]
 
 Stored: TypeAlias = NDArray[np.float32] | NDArray[np.uint16]
 """Elements as kernels take them: float32, or the patterns of bfloat16, which `kernels.f32` widens."""
+
+Order: TypeAlias = NDArray[np.uint32]
+"""The indices of all elements of a tensor, sorted by something."""
+
+Orders: TypeAlias = Callable[[Hashable, int, Callable[[], Order]], Order | None]
+"""Keeps orders: (by what, of how many elements, how to make it) to the order, None where it has no room."""
 
 T = TypeVar("T")
 
@@ -132,6 +138,11 @@ class Stream(Protocol):
         """The number of elements."""
         ...
 
+    @property
+    def orders(self) -> Orders | None:
+        """What keeps orders for whoever measures the same weights again; None where nobody will."""
+        ...
+
     def map(self, function: Callable[[Chunk], T]) -> Iterator[T]:
         """Pass over all chunks; results come in index order, `function` may run on several threads.
 
@@ -147,9 +158,12 @@ class Apply(Protocol):
 
 
 class Compiled(Protocol):
-    """Compute what `apply` does, to the bit, into `out`: float32, as long as the arrays of the chunk."""
+    """Compute what `apply` does, to the bit, into `out`: float32, as long as the arrays of the chunk.
 
-    def __call__(self, chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None: ...
+    What comes back is true where it is known that all of it is finite.
+    """
+
+    def __call__(self, chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> bool | None: ...
 
 
 class Measure(Protocol):

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from merge_core.operators.base import Array, Exactness, Parameter, Parameters, Stream, Traced, each, single
+from merge_core.operators.base import Exactness, Parameter, Parameters, Stream, Traced, each, single
 from merge_core.operators.task_vectors import DENSITY, TaskVector, Thinning, operator
-from merge_core.operators.trimming import cut_at, cuts, delta_magnitudes, taken, trace_cuts
+from merge_core.operators.trimming import Cut, DeltaMagnitudes, cut_at, cuts, taken, trace_cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +30,7 @@ def _measure(stream: Stream, parameters: Parameters) -> Traced:
         counts(density, gamma, stream.length)
         for density, gamma in zip(each(parameters, "density"), each(parameters, "gamma"), strict=True)
     ]
-    magnitudes = [delta_magnitudes(expert) for expert in range(len(wanted))]
+    magnitudes = [DeltaMagnitudes(expert) for expert in range(len(wanted))]
     outliers, keep = zip(*wanted, strict=True)
     found = cuts(stream, magnitudes * 2, keep + outliers)
     return trace_cuts(found[: len(wanted)]) | trace_cuts(found[len(wanted) :], "outlier_")
@@ -46,19 +44,15 @@ def _apply(vector: TaskVector) -> Tensor:
     return delta * (keep.to(delta.dtype) * single(vector.factor))
 
 
-def _compiled(vector: TaskVector, out: Array) -> None:
-    from merge_core.operators import kernels
-
-    above = cut_at(vector.traced, vector.expert).within(vector.chunk)
-    below = cut_at(vector.traced, vector.expert, "outlier_").within(vector.chunk)
-    kernels.keep_between(*vector.operands, *above, *below, np.float32(vector.factor), out)
+def _cuts(vector: TaskVector) -> tuple[Cut, Cut]:
+    return cut_at(vector.traced, vector.expert), cut_at(vector.traced, vector.expert, "outlier_")
 
 
 _BREADCRUMBS = Thinning(
     cite="arXiv:2312.06795",
     exactness=Exactness.GIVEN_TRACE,
     apply=_apply,
-    compiled=_compiled,
+    cuts=_cuts,
     parameters=(
         DENSITY,
         Parameter(name="gamma", each=True, default=0.01, low=0.0, high=1.0),

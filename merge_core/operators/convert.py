@@ -43,6 +43,11 @@ def finite(array: Stored) -> bool:
     return not np.any(bits & infinity == infinity)
 
 
+def seal(out: Array) -> bool:
+    """What `narrow` makes of float32 values in float32, where they lie; whether all are finite."""
+    return bool(kernels.seal_f32(out.view(np.uint32)))
+
+
 def narrow(values: Array, dtype: str, out: NDArray[Any]) -> bool:
     """Store float32 values in `out`, an array as `elements` gives it; whether all are finite there."""
     if dtype == "BF16":

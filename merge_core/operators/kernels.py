@@ -94,6 +94,22 @@ def store_f32(bits: Any, out: Any) -> Any:
 
 
 @kernel
+def seal_f32(bits: Any) -> Any:
+    """`store_f32` where the values lie."""
+    finite = True
+    for start in range(0, bits.size, BLOCK):
+        block, largest = bits[start : start + BLOCK], np.uint32(0)
+        for i in range(block.size):
+            largest = max(largest, block[i] & np.uint32(0x7FFFFFFF))
+        if largest >= np.uint32(0x7F800000):
+            finite = False
+            for i in range(block.size):
+                if block[i] & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
+                    block[i] = np.uint32(0x7FC00000)
+    return finite
+
+
+@kernel
 def weighted_sum(arrays: Any, weights: Any, out: Any) -> None:
     """out = Σ x·w over the `arrays`, from left to right, each a product and a sum."""
     for start in range(0, out.size, BLOCK):
@@ -385,6 +401,20 @@ def rank_keys(x: Any, base: Any, width: int, out: Any) -> None:
             for i in range(size):
                 magnitude = min(bits[i] & np.uint32(0x7FFFFFFF), np.uint32(0x7F800001))
                 out[start + i] = np.uint64(magnitude) << np.uint64(32) | np.uint64(at + i)
+
+
+@kernel
+def descending_keys(x: Any, base: Any, start: int, out: Any) -> None:
+    """What sorts by |x − base|, the largest first, ties by index: its bits' complement, then the index."""
+    largest = np.uint32(0x7FFFFFFF)
+    values = np.empty(BLOCK, np.float32)
+    for at in range(0, out.size, BLOCK):
+        keys = out[at : at + BLOCK]
+        block = values[: keys.size]
+        distances(x, base, at, block)
+        bits = block.view(np.uint32)
+        for i in range(keys.size):
+            keys[i] = np.uint64(largest - (bits[i] & largest)) << np.uint64(32) | np.uint64(start + at + i)
 
 
 @kernel

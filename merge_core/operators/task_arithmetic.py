@@ -22,7 +22,6 @@ TASK_ARITHMETIC = operator(
         cite="arXiv:2212.04089",
         exactness=Exactness.ELEMENTWISE,
         apply=_apply,
-        compiled=None,
         fixed={"rescale": False},
     ),
     consensus=False,

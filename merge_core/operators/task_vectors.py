@@ -10,8 +10,9 @@ what mergekit calls `rescale`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from merge_core.operators.base import (
 )
 from merge_core.operators.consensus import agreeing, agreeing_into
 from merge_core.operators.scratch import scratch
+from merge_core.operators.trimming import Cut, above
 from merge_core.operators.weighted import divide_by, sum_of
 
 if TYPE_CHECKING:
@@ -72,8 +74,9 @@ class TaskVector:
 class Thinning:
     """How a family of operators thins out a task vector.
 
-    `apply` gives δ·factor where an element is kept and δ·0 elsewhere, `compiled` writes the same bits; it is
-    None where all are kept, and the vectors are only added.
+    `apply` gives δ·factor where an element is kept and δ·0 elsewhere, `compiled` writes the same bits. It is
+    None where what is kept follows from `cuts`: it lies above the first and not above the second; without
+    those, all are kept.
     `norm` names the flag that asks for the L1 norm to be restored, `traces` what `measure` returns: integers,
     one for each expert. The rest is as in Operator.
     """
@@ -81,7 +84,8 @@ class Thinning:
     cite: str
     exactness: Exactness
     apply: Callable[[TaskVector], Tensor]
-    compiled: Callable[[TaskVector, Array], None] | None
+    compiled: Callable[[TaskVector, Array], None] | None = None
+    cuts: Callable[[TaskVector], tuple[Cut, Cut]] | None = None
     parameters: tuple[Parameter, ...] = ()
     norm: str | None = None
     measure: Measure | None = None
@@ -95,6 +99,18 @@ class Thinning:
     def restores_norm(self, parameters: Parameters) -> bool:
         """Whether the L1 norm of what is thinned out is restored."""
         return self.norm is not None and bool(parameters.get(self.norm, False))
+
+    def thin(self, vector: TaskVector, out: Array) -> None:
+        """Write δ·factor where an element is kept, and δ·0 elsewhere."""
+        from merge_core.operators import kernels
+
+        if self.compiled is not None:
+            self.compiled(vector, out)
+        elif self.cuts is None:
+            kernels.scale_delta(*vector.operands, np.float32(vector.factor), out)
+        else:
+            above, below = (cut.within(vector.chunk) for cut in self.cuts(vector))
+            kernels.keep_between(*vector.operands, *above, *below, np.float32(vector.factor), out)
 
 
 DENSITY = Parameter(name="density", each=True, default=1.0, low=0.0, high=1.0)
@@ -148,27 +164,60 @@ class _Family:
             mixed = mixed / sum_of(weights) if normal else mixed
         return chunk.tensors[0] + mixed * single(number(parameters, "lambda"))
 
-    def compiled(self, chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> None:
+    def compiled(self, chunk: Chunk, parameters: Parameters, traced: Traced, out: Array) -> bool | None:
+        from merge_core.operators import fused
+
+        vectors = list(_vectors(chunk, parameters, traced))
+        if self.thinning.compiled is None and len(vectors) <= fused.MOST:
+            return self._at_once(vectors, parameters, out)
+        self._in_steps(vectors, parameters, out)
+        return None
+
+    def _at_once(self, vectors: Sequence[TaskVector], parameters: Parameters, out: Array) -> bool:
+        """Loop once over the elements, or over each run of them in which equal magnitudes count alike."""
+        from merge_core.operators import fused
+
+        base, *experts = vectors[0].chunk.arrays
+        weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
+        scale = np.float32(number(parameters, "lambda"))
+        divisor = np.float32(sum_of(weights) if normal else 1.0)
+        factors = _singles(vector.factor for vector in vectors)
+        if self.thinning.cuts is None:
+            return bool(fused.add_all(base, tuple(experts), factors, divisor, scale, out))
+        finite = True
+        cuts = [[cut.within(v.chunk) for cut in self.thinning.cuts(v)] for v in vectors]
+        for start, stop in pairwise(sorted({0, len(out), *(ties for pair in cuts for _, ties in pair)})):
+            lows, highs = (
+                tuple(level if start < ties else above(level) for level, ties in side)
+                for side in zip(*cuts, strict=True)
+            )
+            run = base[start:stop], tuple(expert[start:stop] for expert in experts), lows, highs, factors
+            if self.consensus:
+                finite &= fused.add_agreeing(*run, _singles(weights), normal, scale, out[start:stop])
+            else:
+                finite &= fused.add_trimmed(*run, divisor, scale, out[start:stop])
+        return finite
+
+    def _in_steps(self, vectors: Sequence[TaskVector], parameters: Parameters, out: Array) -> None:
+        """Thin out one expert after the other, add, and add to the base."""
         from merge_core.operators import kernels
 
         weights, normal = each(parameters, "weight"), bool(parameters["normalize"])
-        vectors, thin = _vectors(chunk, parameters, traced), self.thinning.compiled
-        if thin is None:
-            kernels.weighted_deltas(chunk.arrays, np.array(weights, np.float32), out)
-        elif self.consensus:
+        thin = self.thinning.thin
+        if self.consensus:
             rows = scratch("task vectors", len(weights) * len(out), np.float32).reshape(len(weights), -1)
             for vector, row in zip(vectors, rows, strict=True):
                 thin(vector, row)
             agreeing_into(rows, weights, out, normalize=normal)
         else:
-            thin(next(vectors), out)
+            thin(vectors[0], out)
             row = scratch("task vectors", len(out), np.float32)
-            for vector in vectors:
+            for vector in vectors[1:]:
                 thin(vector, row)
                 kernels.add(row, out)
-        if normal and not self.consensus:
-            divide_by(sum_of(weights), out)
-        kernels.add_to_base(chunk.arrays[0], np.float32(number(parameters, "lambda")), out)
+            if normal:
+                divide_by(sum_of(weights), out)
+        kernels.add_to_base(vectors[0].chunk.arrays[0], np.float32(number(parameters, "lambda")), out)
 
     def measure(self, stream: Stream, parameters: Parameters) -> Traced:
         thinning = self.thinning
@@ -192,6 +241,10 @@ def _vectors(chunk: Chunk, parameters: Parameters, traced: Traced) -> Iterator[T
         )
 
 
+def _singles(values: Iterable[float]) -> tuple[np.float32, ...]:
+    return tuple(map(np.float32, values))
+
+
 def _norm_factors(
     stream: Stream, parameters: Parameters, traced: Traced, thinning: Thinning
 ) -> tuple[float, ...]:
@@ -199,8 +252,6 @@ def _norm_factors(
     from merge_core.operators import kernels
     from merge_core.operators.reductions import require_finite
 
-    thin = thinning.compiled
-    assert thin is not None, "where all are kept the norm is what it was"
     experts = len(each(parameters, "weight"))
     alone = {**parameters, "weight": (1.0,) * experts}
 
@@ -212,7 +263,7 @@ def _norm_factors(
         for vector in _vectors(chunk, alone, traced):
             kernels.delta_magnitude(*vector.operands, values)
             kernels.magnitude_sums(values, unit, found[2 * vector.expert])
-            thin(vector, values)
+            thinning.thin(vector, values)
             kernels.magnitude_sums(values, unit, found[2 * vector.expert + 1])
         return chunk.start // unit, found
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from merge_core.operators.base import Array, Chunk, Operator, Parameters, Traced
+from merge_core.operators.base import Array, Chunk, Operator, Orders, Parameters, Traced
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ class Held:
         chunk: int = 4096,
         row: int | None = None,
         keys: Sequence[int] | None = None,
+        orders: Orders | None = None,
     ) -> None:
         self.operator = operator
         self.arrays = tuple(arrays)
@@ -45,6 +46,7 @@ class Held:
         self.experts = len(self.arrays) - operator.needs_base
         self.row = row or max(1, self.length)
         self.passes = 0
+        self.orders = orders
         made_up = [_GOLDEN_RATIO * (expert + 1) & _WORD for expert in range(self.experts)]
         self._keys = tuple(made_up if keys is None else keys[: self.experts])
         self._chunk = chunk

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from merge_core.operators.base import Array, Exactness, Parameter, Parameters, Stream, Traced, each, single
+from merge_core.operators.base import Exactness, Parameter, Parameters, Stream, Traced, each, single
 from merge_core.operators.task_vectors import DENSITY, TaskVector, Thinning, operator
-from merge_core.operators.trimming import NOTHING, cut_at, cuts, delta_magnitudes, kept, taken, trace_cuts
+from merge_core.operators.trimming import NOTHING, DeltaMagnitudes, cut_at, cuts, kept, taken, trace_cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 def _measure(stream: Stream, parameters: Parameters) -> Traced:
     """Find, for every expert, the bit pattern of the least magnitude kept and the last index kept at it."""
     keep = [kept(density, stream.length) for density in each(parameters, "density")]
-    found = cuts(stream, [delta_magnitudes(expert) for expert in range(len(keep))], keep)
+    found = cuts(stream, [DeltaMagnitudes(expert) for expert in range(len(keep))], keep)
     return trace_cuts(found)
 
 
@@ -32,20 +30,13 @@ def _apply(vector: TaskVector) -> Tensor:
     return delta * (keep.to(delta.dtype) * single(vector.factor))
 
 
-def _compiled(vector: TaskVector, out: Array) -> None:
-    from merge_core.operators import kernels
-
-    above, below = cut_at(vector.traced, vector.expert).within(vector.chunk), NOTHING.within(vector.chunk)
-    kernels.keep_between(*vector.operands, *above, *below, np.float32(vector.factor), out)
-
-
 TIES = operator(
     "ties",
     Thinning(
         cite="arXiv:2306.01708",
         exactness=Exactness.GIVEN_TRACE,
         apply=_apply,
-        compiled=_compiled,
+        cuts=lambda vector: (cut_at(vector.traced, vector.expert), NOTHING),
         parameters=(DENSITY, Parameter(name="rescale", default=False, flag=True)),
         norm="rescale",
         measure=_measure,

@@ -8,13 +8,15 @@ tie at the threshold the lowest indices are taken. What comes out is a Cut: two 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merge_core.errors import CorruptCheckpoint
-from merge_core.operators.base import Chunk, Stored, Stream, Traced
+from merge_core.operators.base import Chunk, Order, Stored, Stream, Traced
 from merge_core.operators.scratch import scratch
 
 if TYPE_CHECKING:
@@ -46,6 +48,12 @@ class Cut(NamedTuple):
         return np.uint32(self.threshold).view(np.float32), ties
 
 
+def above(level: np.float32) -> np.float32:
+    """The least magnitude above a level: of infinity, and of what is none, NaN, which nothing reaches."""
+    bits = level.view(np.uint32)
+    return np.uint32(min(int(bits), _INFINITY) + 1).view(np.float32)
+
+
 NOTHING = Cut(_INFINITY, -1)
 """The cut that nothing lies above."""
 
@@ -73,9 +81,14 @@ def kept(density: float, length: int) -> int:
     return min(length, max(1, int(density * length))) if density > 0 else 0
 
 
-def delta_magnitudes(expert: int) -> Magnitudes:
+@dataclass(frozen=True, slots=True)
+class DeltaMagnitudes:
     """|expert − base| of one expert, counted from 0."""
-    return lambda chunk: (chunk.arrays[1 + expert], chunk.arrays[0])
+
+    expert: int
+
+    def __call__(self, chunk: Chunk) -> tuple[Stored, Stored]:
+        return chunk.arrays[1 + self.expert], chunk.arrays[0]
 
 
 class Uppers(NamedTuple):
@@ -120,6 +133,9 @@ def cuts(
     """
     found = [Cut(0, stream.length - 1) if count else NOTHING for count in keep]
     sought = {at: compared[at] for at, count in enumerate(keep) if 0 < count < stream.length}
+    for at, cut in _known(stream, sought, keep).items():
+        found[at] = cut
+        del sought[at]
     if not sought:
         return found
     counted = counted or uppers(stream, sought.values())
@@ -137,6 +153,60 @@ def cuts(
         for at, index in _locate(stream, sought, thresholds, among_ties).items():
             found[at] = Cut(found[at].threshold, index)
     return found
+
+
+def _known(stream: Stream, sought: Mapping[int, Magnitudes], keep: Sequence[int]) -> dict[int, Cut]:
+    """The cuts of task vectors whose order is kept."""
+    if stream.orders is None:
+        return {}
+    around: dict[int, tuple[DeltaMagnitudes, int, int]] = {}
+    for at, magnitudes in sought.items():
+        if isinstance(magnitudes, DeltaMagnitudes):
+            order = stream.orders(magnitudes, stream.length, partial(_order, stream, magnitudes))
+            if order is not None:
+                around[at] = magnitudes, int(order[keep[at] - 1]), int(order[keep[at]])
+    return {
+        at: Cut(least, around[at][1] if least == left else stream.length - 1)
+        for at, (least, left) in _bits_at(stream, around).items()
+    }
+
+
+def _order(stream: Stream, magnitudes: Magnitudes) -> Order:
+    """The elements from the largest magnitude down, the lowest index first among equals."""
+    from merge_core.operators import kernels
+
+    keys = np.empty(stream.length, np.uint64)
+
+    def write(chunk: Chunk) -> None:
+        kernels.descending_keys(*magnitudes(chunk), chunk.start, keys[chunk.start : chunk.start + len(chunk)])
+
+    for _ in stream.map(write):
+        pass
+    keys.sort()
+    return keys.astype(np.uint32)
+
+
+def _bits_at(
+    stream: Stream, wanted: Mapping[int, tuple[DeltaMagnitudes, int, int]]
+) -> dict[int, tuple[int, int]]:
+    """The bits of two magnitudes each, by their indices; a pass that looks at nothing else."""
+    from merge_core.operators import kernels
+
+    found = {at: np.empty(2, np.float32) for at in wanted}
+
+    def look(chunk: Chunk) -> None:
+        for at, (magnitudes, *places) in wanted.items():
+            x, base = magnitudes(chunk)
+            for out, place in enumerate(places):
+                here = place - chunk.start
+                if 0 <= here < len(chunk):
+                    one = slice(here, here + 1)
+                    kernels.delta_magnitude(x[one], base[one], found[at][out : out + 1])
+
+    for _ in stream.map(look) if wanted else ():
+        pass
+    bits = {at: (values.view(np.uint32) & np.uint32(0x7FFFFFFF)).tolist() for at, values in found.items()}
+    return {at: (pair[0], pair[1]) for at, pair in bits.items()}
 
 
 def _lowers(stream: Stream, sought: Mapping[int, Magnitudes], bins: Mapping[int, int]) -> dict[int, _Counts]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from merge_core.checkpoint.manifest import MAX_TENSORS
+from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import ModelId
 from merge_core.errors import Unmergeable
 from merge_core.memory import THREADS
@@ -19,13 +21,30 @@ from merge_core.resolve.telling import numbered
 MAX_PROBLEMS = 200
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A plan whose inputs are still references (`models`, in order); `seal` names them by ModelId."""
+    """A plan whose inputs are still references (`models`, in order); `seal` names them by ModelId.
+
+    `inputs` are the tensors of the models; it makes no plan where there are `problems`.
+    """
 
     models: tuple[str, ...]
+    inputs: tuple[Mapping[str, TensorInfo], ...]
     steps: tuple[Step, ...]
-    estimate: Estimate
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    threads: int
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """What the merge will cost; a search that drafts thousands asks of few."""
+        return estimate(
+            [] if self.problems else self.inputs,
+            [] if self.problems else self.steps,
+            problems=self.problems,
+            warnings=self.warnings,
+            threads=self.threads,
+        )
 
     def seal(self, model_ids: Mapping[str, ModelId]) -> MergePlan:
         """The MergePlan; raises KeyError where the id of a reference is missing."""
@@ -40,10 +59,9 @@ def check(recipe: Recipe, headers: Mapping[str, ModelHeader], *, threads: int = 
 def draft(recipe: Recipe, headers: Mapping[str, ModelHeader]) -> Draft:
     """Resolve a recipe; raises Unmergeable with every incompatibility in `problems`."""
     drafted = _resolve(recipe, headers, THREADS)
-    problems = drafted.estimate.problems
-    if problems:
+    if drafted.problems:
         raise Unmergeable.of(
-            problems, hint="choose models that fit, or correct the recipe, then: weft plan RECIPE"
+            drafted.problems, hint="choose models that fit, or correct the recipe, then: weft plan RECIPE"
         )
     return drafted
 
@@ -76,14 +94,11 @@ def _resolve(recipe: Recipe, headers: Mapping[str, ModelHeader], threads: int) -
         problems += _unfit(recipe, steps)
     return Draft(
         models=recipe.models,
+        inputs=tuple(headers[model].tensors for model in recipe.models if model in headers),
         steps=tuple(steps),
-        estimate=estimate(
-            [headers[model].tensors for model in recipe.models] if not problems else [],
-            steps if not problems else [],
-            problems=_limited(problems),
-            warnings=warnings,
-            threads=threads,
-        ),
+        problems=tuple(_limited(problems)),
+        warnings=tuple(warnings),
+        threads=threads,
     )
 
 

@@ -10,8 +10,8 @@ opened the models before the clock starts; nothing is evaluated:
     two       candidates in memory, two processes that share the work
     written   `execute.run` into a new checkpoint, files and commit as a merge does them, then `load_model`
 
-Arms take turns, the best round of each counts; the first round of each is not counted. The story goes to
-stderr; the last line of stdout is one JSON object.
+Arms take turns, the best round of each counts; the first round of each is not counted. What was written is
+removed when the clock has stopped. The story goes to stderr; the last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--directory", type=Path, help="where checkpoints are written")
     parser.add_argument("--serve", nargs=3, metavar=("ARM", "METHOD", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -53,8 +54,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="weft-bench-", dir=arguments.directory) as temporary:
         parameters = write_models(Path(temporary))
-        found = {method: measure(method, Path(temporary), arguments.rounds) for method in METHODS}
-    first = found["task_arithmetic"]
+        found = {method: measure(method, Path(temporary), arguments.rounds) for method in arguments.methods}
+    first = found[arguments.methods[0]]
     print(
         json.dumps(
             {
@@ -91,7 +92,7 @@ def measure(method: str, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def once(crew: Sequence[subprocess.Popen[str]], number: int) -> float:
-    """Seconds for a population, divided evenly."""
+    """Seconds for a population, divided evenly; who wrote has cleared away what it wrote."""
     started = time.perf_counter()
     for rank, child in enumerate(crew):
         assert child.stdin is not None
@@ -99,7 +100,10 @@ def once(crew: Sequence[subprocess.Popen[str]], number: int) -> float:
         child.stdin.flush()
     for child in crew:
         assert child.stdout is not None and child.stdout.readline() == "done\n"
-    return time.perf_counter() - started
+    taken = time.perf_counter() - started
+    for child in crew:
+        assert child.stdout is not None and child.stdout.readline() == "cleared\n"
+    return taken
 
 
 @contextmanager
@@ -132,6 +136,9 @@ def serve(arm: str, method: str, folder: Path) -> None:
             for number in numbers:
                 make(generation, number)
             print("done", flush=True)
+            for target in folder.glob(f"written-{os.getpid()}-*"):
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+            print("cleared", flush=True)
 
 
 def maker(stack: ExitStack, arm: str, method: str, folder: Path) -> Callable[[int, int], None]:
@@ -172,15 +179,13 @@ def maker(stack: ExitStack, arm: str, method: str, folder: Path) -> Callable[[in
         if arm != "written":
             assert live.fill(plan, inputs)
             return
-        target = folder / f"written-{os.getpid()}"
+        target = folder / f"written-{os.getpid()}-{number}"
         execute.run(plan, inputs, target, journal=target.with_suffix(".journal"), threads=1)
         with CheckpointWriter.create(target, plan.layout) as writer:
             for name, data in result_files(plan, [item.files for item in inputs]).items():
                 writer.add_file(name, data)
             writer.commit()
         load_model(target)
-        shutil.rmtree(target)
-        target.with_suffix(".journal").unlink()
 
     return make
 

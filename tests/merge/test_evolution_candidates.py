@@ -21,6 +21,7 @@ from merge_core.checkpoint.writer import CheckpointWriter
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.evaluation.loading import load_model
 from merge_core.evaluation.tasks import Item, Metric, Task
+from merge_core.evolution import candidates
 from merge_core.evolution.candidates import LiveModel
 from merge_core.evolution.evaluator import Evaluator, Model
 from merge_core.evolution.fitness import BROKEN
@@ -166,6 +167,64 @@ def test_what_was_measured_for_one_candidate_serves_the_next(
         plan, inputs = planned(recipe, models)
         assert live.fill(plan, inputs)
         assert bits(live.model) == bits(written(plan, inputs, tmp_path / f"written-{number}"))
+
+
+@pytest.mark.parametrize("room", [1 << 20, 20_000, 0])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_densities_that_are_looked_up_give_the_bits_of_those_that_are_counted(
+    folder: Path,
+    models: dict[str, Model],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    room: int,
+) -> None:
+    monkeypatch.setattr(candidates, "_MOST_ORDERED", room)
+    live = LiveModel(load_model(folder / "base"))
+    for number, density in enumerate((0.5, 0.31, 0.9, 0.05)):
+        text = f"{TASKS.replace('METHOD', method)}parameters: {{density: {density}}}\n"
+        plan, inputs = planned(parse(text), models)
+        assert live.fill(plan, inputs)
+        assert bits(live.model) == bits(written(plan, inputs, tmp_path / f"written-{number}"))
+
+
+def test_candidates_of_any_form_follow_each_other(
+    folder: Path, models: dict[str, Model], tmp_path: Path
+) -> None:
+    plain, turned = TASKS.replace("METHOD", "task_arithmetic"), TASKS.replace("METHOD", "ties")
+    turned = turned.replace("math", "other").replace("code", "math").replace("other", "code")
+    recipes = [plain, plain.replace("0.75", "-0.25"), turned, SLERP, plain + "dtype: bfloat16\n", plain]
+    live = LiveModel(load_model(folder / "base"))
+    for number, text in enumerate(recipes):
+        plan, inputs = planned(parse(text), models)
+        assert live.fill(plan, inputs)
+        assert bits(live.model) == bits(written(plan, inputs, tmp_path / f"written-{number}"))
+
+
+def test_parameters_may_get_other_memory_between_candidates(folder: Path, models: dict[str, Model]) -> None:
+    plan, inputs = planned(parse(TASKS.replace("METHOD", "task_arithmetic")), models)
+    live = LiveModel(load_model(folder / "base"))
+    assert live.fill(plan, inputs)
+    first = bits(live.model)
+    for parameter in live.model.parameters():
+        parameter.data = torch.zeros_like(parameter.data)
+    assert live.fill(plan, inputs)
+    assert bits(live.model) == first
+
+
+def test_a_model_that_is_written_to_makes_no_more_candidates(folder: Path, tmp_path: Path) -> None:
+    for name in MODELS:
+        shutil.copytree(folder / name, tmp_path / name)
+    with ExitStack() as stack:
+        models = {name: opened(stack, tmp_path / name) for name in MODELS}
+        plan, inputs = planned(parse(TASKS.replace("METHOD", "task_arithmetic")), models)
+        live = LiveModel(load_model(tmp_path / "base"))
+        assert live.fill(plan, inputs)
+        with (tmp_path / "code" / "model.safetensors").open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\0\0\0\x3f")
+        with pytest.raises(CorruptCheckpoint, match="written to while"):
+            live.fill(plan, inputs)
 
 
 def test_the_models_of_a_recipe_are_not_written_to(folder: Path, models: dict[str, Model]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from merge_core.checkpoint.source import TensorInfo
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.execute import audit, run
 from merge_core.memory import CHUNK_ELEMENTS
-from merge_core.operators import find, kernels
-from merge_core.operators.base import Array, Chunk, Parameters, Stored
+from merge_core.operators import convert, find, fused, kernels
+from merge_core.operators.base import Array, Chunk, Order, Parameters, Stored
 from merge_core.operators.breadcrumbs import counts
 from merge_core.operators.chance import draws, halves, limit, philox
 from merge_core.operators.della import limits
+from merge_core.operators.task_arithmetic import TASK_ARITHMETIC
 from merge_core.operators.testing import Held, computed, same_bits, trial
-from merge_core.operators.trimming import NOTHING, Cut, cut_at, cuts, delta_magnitudes, trace_cuts, uppers
+from merge_core.operators.trimming import NOTHING, Cut, DeltaMagnitudes, cut_at, cuts, trace_cuts, uppers
 from merge_core.recipe import parse
 from merge_core.resolve import ModelHeader, check
 from merge_core.trace import Trace
@@ -312,7 +313,7 @@ def test_the_trace_of_breadcrumbs_holds_both_thresholds_and_the_last_tied_indice
 def test_a_cut_is_counted_once_for_two_that_compare_the_same() -> None:
     stream = Held(find("ties"), [np.zeros(50, np.float32), np.arange(50, dtype=np.float32)])
     reads = 0
-    magnitudes = delta_magnitudes(0)
+    magnitudes = DeltaMagnitudes(0)
 
     def counting(chunk: Chunk) -> tuple[Stored, Stored | None]:
         nonlocal reads
@@ -324,6 +325,29 @@ def test_a_cut_is_counted_once_for_two_that_compare_the_same() -> None:
     assert found[2] is NOTHING
     assert reads == 2
     assert uppers(stream, [magnitudes])[magnitudes].zeros == 1
+
+
+@pytest.mark.parametrize("chunk", [4096, 8192])
+@pytest.mark.parametrize("bits", [3, 12, 24])
+def test_a_cut_that_is_looked_up_is_the_one_that_is_counted(bits: int, chunk: int) -> None:
+    random, orders, asked = np.random.default_rng(bits), dict[Hashable, Order](), 0
+
+    def keep_all(by: Hashable, length: int, make: Callable[[], Order]) -> Order:
+        nonlocal asked
+        asked += 1
+        assert length == 9000
+        return orders[by] if by in orders else orders.setdefault(by, make())
+
+    arrays = [random.integers(-(1 << bits), 1 << bits, 9000).astype(np.float32) for _ in range(3)]
+    arrays[2][:4000] = arrays[0][:4000]
+    counting = Held(find("ties"), arrays, chunk=chunk)
+    looking = Held(find("ties"), arrays, chunk=chunk, orders=keep_all)
+    both = [DeltaMagnitudes(0), DeltaMagnitudes(1)]
+    for keep in ([1, 8999], [17, 4999], [4500, 5001], [8999, 1], [0, 9000], [9000, 100]):
+        assert cuts(looking, both, keep) == cuts(counting, both, keep)
+    assert (asked, len(orders)) == (9, 2)
+    nothing = Held(find("ties"), arrays, chunk=chunk, orders=lambda by, length, make: None)
+    assert cuts(nothing, both, [17, 4999]) == cuts(counting, both, [17, 4999])
 
 
 def test_the_sign_of_a_nan_is_not_counted() -> None:
@@ -476,6 +500,32 @@ def test_the_kernel_is_the_formula_on_strange_numbers(name: str, norm: bool, dat
     assert operator.compiled is not None
     operator.compiled(chunk, parameters, traced, out)
     assert same_bits(out, operator.apply(chunk, parameters, traced).numpy())
+
+
+@pytest.mark.parametrize("name", [*TRIMMED, "task_arithmetic"])
+@pytest.mark.parametrize("experts", [1, 3, fused.MOST, fused.MOST + 1])
+def test_any_number_of_experts_is_merged_as_the_formula_says(
+    name: str, experts: int, weights: Callable[..., torch.Tensor]
+) -> None:
+    own = {"weight": tuple((-0.8) ** n for n in range(experts)), "density": (0.4,) * experts}
+    merged(name, trio(weights, 5000, experts), **{k: v for k, v in own.items() if find(name).parameter(k)})
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+def test_kernels_that_tell_what_is_finite_tell_the_truth(damage: float) -> None:
+    arrays = [np.ones(9000, np.float32) for _ in range(3)]
+    stream, parameters = Held(TASK_ARITHMETIC, arrays), complete("task_arithmetic", 2, {})
+    out = np.empty(9000, np.float32)
+    assert TASK_ARITHMETIC.compiled is not None
+    assert TASK_ARITHMETIC.compiled(stream.at(0, 9000), parameters, {}, out) is True
+    arrays[1][8999] = damage
+    assert TASK_ARITHMETIC.compiled(stream.at(0, 9000), parameters, {}, out) is False
+    out[[0, 4096]] = np.array([0xFFC12345, 0xFF800000], np.uint32).view(np.float32)
+    expected = np.empty(9000, np.float32)
+    assert not convert.narrow(out, "F32", expected)
+    assert not convert.seal(out)
+    assert out.tobytes() == expected.tobytes()
+    assert convert.seal(np.zeros(9000, np.float32))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
