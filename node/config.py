@@ -40,7 +40,7 @@ class Config:
     peer_api: str = "0.0.0.0:9351"
     control_api: str = "127.0.0.1:0"
     bootstrap: tuple[str, ...] = ()
-    probes: str = "zoo"
+    probes: str = "general"
 
     def __post_init__(self) -> None:
         if not NETWORK.fullmatch(self.network):

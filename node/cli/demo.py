@@ -112,7 +112,9 @@ class Story:
                     on_progress=lambda count: None,
                 )
             self.homes[name], self.peers[identity.peer_id] = home, name
-            settings = Config(network=network, listen=("/ip4/127.0.0.1/tcp/0",), peer_api="127.0.0.1:0")
+            settings = Config(
+                network=network, listen=("/ip4/127.0.0.1/tcp/0",), peer_api="127.0.0.1:0", probes="zoo"
+            )
             app.write_settings(home, settings)
             app.start_detached(home, settings)
             holds = ", ".join(shares[name]) or "nothing: it will audit"
