@@ -180,7 +180,7 @@ def join(home: Home, text: str) -> Ticket:
 def _flags(settings: Config) -> list[str]:
     """The settings as flags of `weft up`."""
     flags = ["--network", settings.network, "--peer-api", settings.peer_api]
-    flags += ["--control-api", settings.control_api]
+    flags += ["--control-api", settings.control_api, "--probes", settings.probes]
     for name in ("listen", "announce", "bootstrap"):
         flags += [word for value in getattr(settings, name) for word in (f"--{name}", value)]
     return flags

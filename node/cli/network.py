@@ -37,6 +37,9 @@ def up(
     peer_api: Annotated[str | None, typer.Option(help="host:port of the peer data plane.")] = None,
     control_api: Annotated[str | None, typer.Option(help="host:port of the local API.")] = None,
     bootstrap: Annotated[list[str] | None, typer.Option(help="Peer to dial first, repeatable.")] = None,
+    probes: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Texts on which models are compared.")
+    ] = None,
 ) -> None:
     """Start the node: discovery, the peer port and the local API."""
     from node import app, config
@@ -52,6 +55,7 @@ def up(
         "peer_api": peer_api,
         "control_api": control_api,
         "bootstrap": bootstrap,
+        "probes": probes,
     }
     settings = config.load(home.config, flags)
     if detach:

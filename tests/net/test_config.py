@@ -26,6 +26,7 @@ ALL = Config(
     peer_api="127.0.0.1:0",
     control_api="127.0.0.1:0",
     bootstrap=(f"/ip4/192.0.2.1/tcp/9350/p2p/{PEER}",),
+    probes="zoo",
 )
 
 
