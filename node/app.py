@@ -29,6 +29,7 @@ from node.identity.keyring import Identity
 if TYPE_CHECKING:
     from merge_core.digest import ModelId
     from merge_core.recipe import Recipe
+    from merge_core.simmerge.outcomes import Outcome
     from merge_core.simmerge.predictor import Predictor
     from node.catalog.hashes import HashCache
     from node.catalog.shelf import Added, Shelf
@@ -337,6 +338,60 @@ def predictor(path: Path | None) -> Predictor:
         return learned.Predictor.parse(read_bounded(path, learned.MAX_PREDICTOR))
     except OSError as error:
         raise LocalError(f"{path} cannot be read: {error.strerror}", hint=f"ls -l {path}") from error
+
+
+def informed(home: Home, predictor: Predictor) -> tuple[Predictor, int]:
+    """The predictor, corrected by the outcomes that a running node knows, and how many those are."""
+    from merge_core.simmerge.bandit import Bandit
+    from merge_core.simmerge.outcomes import Outcome
+    from node.control.client import ControlClient
+    from node.selection.informed import Informed
+
+    if not node_runs(home):
+        return predictor, 0
+    with ControlClient.connect(home) as node:
+        records = node.outcomes()
+    wrong = {record.author for record in records if record.judged == "refuted"}
+    bandit = Bandit(predictor)
+    heard = [r for r in records if r.author not in wrong and bandit.add(r.author, Outcome.parse(r.outcome))]
+    return (Informed.by(predictor, bandit), len(heard)) if heard else (predictor, 0)
+
+
+def outcome(
+    home: Home,
+    directory: Path,
+    tasks: Sequence[str],
+    predictor: Predictor,
+    *,
+    on_event: Callable[[dict[str, Any]], None],
+) -> list[Outcome]:
+    """Measure what a merge of two experts is worth, and have the running node tell its peers.
+
+    Raises NodeNotRunning, CorruptCheckpoint where the directory is no merge, and Unmergeable where nothing
+    can be learned from it.
+    """
+    from merge_core.checkpoint.published import PLAN_FILE, read_bounded
+    from merge_core.plan import MAX_PLAN, MergePlan
+    from node.control.client import ControlClient
+    from node.evaluation import Measuring
+    from node.selection import outcomes
+
+    try:
+        plan = MergePlan.parse(read_bounded(directory / PLAN_FILE, MAX_PLAN))
+    except OSError as error:
+        raise LocalError(
+            f"{directory} is no merge: it has no plan", hint="weft merge RECIPE -o DIR"
+        ) from error
+    outcomes.operator_of(plan)
+    experts = outcomes.experts_of(plan)
+    base = None if plan.base is None or len(plan.inputs) == 2 else str(plan.inputs[plan.base])
+    with ControlClient.connect(home) as node:
+        (first, second), known = candidates(home, experts, base=base)
+        told = evaluate(home, {"merged": directory}, Measuring(tasks=tuple(tasks)), on_event=on_event)
+        found = outcomes.measured(plan, (first, second), known, predictor, told["tasks"])
+        for each in found:
+            node.record_outcome(each.to_bytes())
+    return found
 
 
 def _candidate(message: Any) -> Candidate:

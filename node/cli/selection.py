@@ -1,4 +1,4 @@
-"""Verbs that choose before anything moves: sim, partners."""
+"""Verbs that choose before anything moves, and that learn from what came of it: sim, partners, outcome."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMN = 12
 
 def register(app: typer.Typer, panel: str) -> None:
     """Hang these verbs on the command."""
-    verbs: tuple[Callable[..., None], ...] = (sim, partners)
+    verbs: tuple[Callable[..., None], ...] = (sim, partners, outcome)
     for verb in verbs:
         app.command(rich_help_panel=panel)(verb)
 
@@ -100,6 +100,40 @@ def partners(
     out.result(data, lambda console: _partners(console, data))
 
 
+def outcome(
+    directory: Annotated[Path, typer.Argument(help="A merge of two experts.")],
+    tasks: Annotated[str, typer.Option(metavar="TASK,…", help="What to measure it at; as for weft eval.")],
+    predictor: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What plans are made with, unless it is what ships.")
+    ] = None,
+) -> None:
+    """Measure what a merge turned out to be worth, and tell the network: later plans are better for it."""
+    from merge_core.simmerge.outcomes import UNIT
+    from node import app
+    from node.errors import UsageError
+    from node.home import Home
+
+    wanted = [word.strip() for word in tasks.split(",") if word.strip()]
+    if not wanted:
+        raise UsageError("no tasks are named", hint=f"weft outcome {directory} --tasks rev:dev")
+    learned = app.predictor(predictor)
+    found = app.outcome(Home.default(), directory, wanted, learned, on_event=lambda event: None)
+    data = [
+        {
+            "task": each.task,
+            "operator": each.operator,
+            "utility": each.utility / UNIT,
+            "plan": str(each.plan),
+            "digest": str(each.digest),
+        }
+        for each in found
+    ]
+    rows = [(d["task"], d["operator"], f"{100 * d['utility']:.1f} %") for d in data]
+    out.result(
+        {"outcomes": data}, lambda console: console.print(table("", ("task", "operator", "right"), rows))
+    )
+
+
 def plan_auto(
     models: list[str],
     *,
@@ -125,11 +159,13 @@ def plan_auto(
     found, known = app.candidates(home, models, base=base, probes=probes, silent=silent)
     if known is None:
         out.say("[yellow]mind:[/] no base is known, so operators on task vectors are left out: --base MODEL")
-    advised = auto.plan(found, known, app.predictor(predictor), tasks=tasks, subsets=subsets)
+    learned, heard = app.informed(home, app.predictor(predictor))
+    advised = auto.plan(found, known, learned, tasks=tasks, subsets=subsets)
     data = {
         "models": [candidate_data(candidate) for candidate in found],
         "base": candidate_data(known) if known else None,
         **advised.to_json(),
+        "outcomes": heard,
         "written": [],
         "moved": sum(candidate.moved for candidate in (*found, *filter(None, [known]))),
     }
@@ -159,6 +195,8 @@ def _advice(console: Console, data: Data, explain: bool) -> None:
         story.print(table("what spoke for the last operator", ("feature", "value", "for its lead"), reasons))
     if data["undecided"]:
         out.say("[yellow]mind:[/] the first two are too close to call: merge both, then: weft eval")
+    if data["outcomes"]:
+        out.say(f"[dim]{data['outcomes']} outcomes of earlier merges were taken into account[/]")
     moved(data["moved"])
     for path in data["written"]:
         console.print(path)

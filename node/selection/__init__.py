@@ -10,4 +10,5 @@ here        fingerprints of directories on this machine, computed once
 similarity  how alike they are, pair by pair: `weft sim`
 auto        what to merge, how and in which order: `weft plan --auto`
 outcomes    what merges turned out to be worth, as peers tell each other
+informed    a predictor that has heard of outcomes
 """

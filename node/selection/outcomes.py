@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from merge_core.digest import Digest, canonical, parse_canonical, sha256
-from merge_core.errors import CorruptCheckpoint
+from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
+from merge_core.errors import CorruptCheckpoint, Unmergeable
+from merge_core.plan import MergePlan
 from merge_core.simmerge.bandit import Bandit
+from merge_core.simmerge.features import NAMES
 from merge_core.simmerge.outcomes import UNIT, Outcome
 from merge_core.simmerge.predictor import Predictor
+from merge_core.simmerge.survey import Survey
 from node.domain.ids import PeerId
 from node.records.book import Judgement, Kind, Record, RecordBook
+from node.selection.candidate import Candidate
 
 TOLERANCE = UNIT // 20
 """What two measurements of one merge at the same items may differ by: machines round, items are the same."""
@@ -83,3 +87,64 @@ def spot(
         if record.author not in drawn or lot < drawn[record.author][0]:
             drawn[record.author] = (lot, record)
     return [record for _, record in sorted(drawn.values(), key=lambda pair: pair[0])[:count]]
+
+
+def measured(
+    plan: MergePlan,
+    pair: tuple[Candidate, Candidate],
+    base: Candidate | None,
+    predictor: Predictor,
+    rows: Sequence[Mapping[str, Any]],
+) -> list[Outcome]:
+    """The outcomes of a merge of two experts, one for each row of an evaluation of it alone.
+
+    `pair` is in the plan's order. Raises Unmergeable where a row's metric is no share of right answers.
+    """
+    tasks = [str(row["task"]).partition(":")[0] for row in rows]
+    models = [candidate.fingerprint for candidate in pair]
+    survey = Survey.of(models, base.fingerprint if base else None, tasks=list(dict.fromkeys(tasks)))
+    columns = [NAMES.index(name) for name in predictor.names]
+    found = []
+    for task, row in zip(tasks, rows, strict=True):
+        (utility,) = row["values"]
+        if not row["higher_is_better"] or utility is None or not 0 <= utility <= 1:
+            raise Unmergeable(
+                f"{row['task']} is measured by {row['metric']}, which is no share of right answers",
+                hint="weft eval --help; name tasks that are scored by exact match or choice",
+            )
+        at = survey.tasks.index(task)
+        found.append(
+            Outcome.of(
+                pair=(models[0].digest, models[1].digest),
+                operator=operator_of(plan),
+                plan=plan.digest,
+                task=task,
+                items=Digest(row["digest"]),
+                values=survey.values[0, 1, at, columns],
+                missing=survey.missing[0, 1, at, columns],
+                names=predictor.names,
+                utility=utility,
+            )
+        )
+    return found
+
+
+def experts_of(plan: MergePlan) -> tuple[ModelId, ModelId]:
+    """The two models that a plan merges, its base apart; raises Unmergeable where they are not two."""
+    experts = [m for n, m in enumerate(plan.inputs) if n != plan.base or len(plan.inputs) == 2]
+    if len(experts) != 2:
+        raise Unmergeable(
+            f"a merge of {len(experts)} experts; what is learned from are merges of two",
+            hint="weft plan --auto A B -o recipe.yaml",
+        )
+    return experts[0], experts[1]
+
+
+def operator_of(plan: MergePlan) -> str:
+    """The one operator of a plan; raises Unmergeable where there are several."""
+    if len(plan.operators) != 1:
+        raise Unmergeable(
+            f"a merge by {len(plan.operators)} operators; what is learned from are merges by one",
+            hint="weft plan --auto A B -o recipe.yaml",
+        )
+    return plan.operators[0]
