@@ -185,8 +185,8 @@ def _networks(
     hides = torch.from_numpy(_hiding(hidden, cells.values.shape[1]))
     rows = [torch.from_numpy(np.asarray(folds[owner])) for owner in owners]
     widths = (cells.values.shape[1] + len(flags), *settings.hidden, cells.utility.shape[1])
-    start = float(np.nanmean(cells.utility))
-    weights, biases = _begun(len(owners), widths, start, generator)
+    starts = torch.tensor([float(np.nanmean(cells.utility[folds[owner]])) for owner in owners])
+    weights, biases = _begun(widths, starts, generator)
     optimizer = torch.optim.AdamW(
         [
             {"params": weights, "weight_decay": settings.decay},
@@ -208,15 +208,16 @@ def _networks(
 
 
 def _begun(
-    nets: int, widths: Sequence[int], start: float, generator: torch.Generator
+    widths: Sequence[int], starts: Tensor, generator: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights [nets, in, out] and biases [nets, 1, out] to begin with; heads that all say `start`."""
+    """Weights [nets, in, out] and biases [nets, 1, out] to begin with; heads that all say a net's start."""
     weights, biases = [], []
     for number, (before, after) in enumerate(pairwise(widths)):
         last = number == len(widths) - 2
-        drawn = torch.randn(nets, before, after, generator=generator) * math.sqrt(2 / before)
+        drawn = torch.randn(len(starts), before, after, generator=generator) * math.sqrt(2 / before)
+        begun = starts[:, None, None] if last else torch.zeros(len(starts), 1, 1)
         weights.append((drawn * 0.1 if last else drawn).requires_grad_())
-        biases.append(torch.full((nets, 1, after), start if last else 0.0).requires_grad_())
+        biases.append(begun.repeat(1, 1, after).requires_grad_())
     return weights, biases
 
 

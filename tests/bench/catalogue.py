@@ -57,8 +57,11 @@ def main() -> None:
     print(json.dumps(report(arguments.seeds, labels)))
 
 
-async def all_labelled(root: Path, seeds: Sequence[int]) -> list[Path]:
-    """The catalogue of every seed, trained and labelled, two seeds at a time, each in a worker of its own."""
+async def all_labelled(root: Path, seeds: Sequence[int], *, chains: bool = False) -> list[Path]:
+    """The catalogue of every seed, trained and labelled, two seeds at a time, each in a worker of its own.
+
+    With `chains` the sample of merges of three and four experts is labelled too.
+    """
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def one(seed: int) -> Path:
@@ -68,12 +71,13 @@ async def all_labelled(root: Path, seeds: Sequence[int]) -> list[Path]:
 
             def tell_of(event: dict[str, Any]) -> None:
                 if event["kind"] == "progress":
-                    tenth = 10 * event["done"] // event["total"] if event["what"] == "merge and score" else 0
+                    tenth = 10 * event["done"] // event["total"] if event["what"].startswith("merge") else 0
                     if (event["what"], tenth) not in said:
                         said.add((event["what"], tenth))
                         tell(f"seed {seed}: {event['what']}, {event['done']} of {event['total']}")
 
-            await process.run("catalogue", {"directory": str(folder), "seed": seed}, on_event=tell_of)
+            wanted = {"directory": str(folder), "seed": seed, "chains": chains}
+            await process.run("catalogue", wanted, on_event=tell_of)
             tell(f"seed {seed}: trained and labelled in {folder}")
             return folder
 
