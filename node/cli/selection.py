@@ -128,7 +128,7 @@ def outcome(
         }
         for each in found
     ]
-    rows = [(d["task"], d["operator"], f"{100 * d['utility']:.1f} %") for d in data]
+    rows = [(each.task, each.operator, f"{100 * each.utility / UNIT:.1f} %") for each in found]
     out.result(
         {"outcomes": data}, lambda console: console.print(table("", ("task", "operator", "right"), rows))
     )

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.digest import Digest, sha256
-from merge_core.simmerge.outcomes import Outcome
+from merge_core.errors import Unmergeable
+from merge_core.simmerge.bandit import Bandit
+from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.outcomes import UNIT, Outcome
 from merge_core.simmerge.predictor import Layer, Predictor
+from merge_core.simmerge.sketcher import compute
 from node.identity.keys import HostKey
 from node.records.book import MAX_RECORD, Judgement, RecordBook
 from node.records.book import Outcome as Admitted
-from node.selection.outcomes import OUTCOMES, body, doubted, learned, settle, spot
+from node.selection.candidate import Candidate
+from node.selection.informed import Informed
+from node.selection.outcomes import (
+    OUTCOMES,
+    body,
+    doubted,
+    experts_of,
+    learned,
+    measured,
+    operator_of,
+    settle,
+    spot,
+)
 from node.store import Store
 
 NOW = 1_760_000_000.0
@@ -138,3 +156,64 @@ def test_an_outcome_that_cannot_be_is_no_record(tmp_path: Path, change: dict[str
         book(tmp_path / "liar").say(body(outcome(1)) | change, KEYS[0], NOW)
     held = book(tmp_path / "held")
     assert held.admit(b'{"payload":"","payloadType":"x","signatures":[]}', NOW) is Admitted.MALFORMED
+
+
+def candidate(name: str, directory: Path) -> Candidate:
+    with Checkpoint.open(directory) as checkpoint:
+        found = measure(checkpoint)
+        structure = compute(VerifiedSource(checkpoint, found.leaves))
+    fingerprint = Fingerprint(model_id=found.manifest.model_id, structure=structure, behaviour=None)
+    return Candidate(reference=str(directory), name=name, fingerprint=fingerprint)
+
+
+def learner() -> Predictor:
+    """Reads one feature, and thinks the same of every operator."""
+    return Predictor(
+        names=("task_cosine",),
+        operators=("linear", "ties"),
+        centre=np.zeros(1, np.float32),
+        spread=np.ones(1, np.float32),
+        flags=(),
+        layers=(Layer(weights=np.zeros((2, 1, 2), np.float32), bias=np.full((2, 2), 0.5, np.float32)),),
+        provenance={"of": "a test"},
+    )
+
+
+def row(**changes: object) -> dict[str, object]:
+    told = {"task": "maths:dev", "metric": "exact_match", "higher_is_better": True, "values": [0.75]}
+    return told | {"digest": sha256(b"items")} | changes
+
+
+def test_a_merge_of_two_experts_is_told_with_the_features_that_it_was_planned_by(family: Any) -> None:
+    found = {name: candidate(name, path) for name, path in family.parents.items()}
+    assert operator_of(family.plan) == "ties"
+    assert experts_of(family.plan) == (found["math"].model_id, found["code"].model_id)
+    pair = (found["math"], found["code"])
+    (told,) = measured(family.plan, pair, found["base"], learner(), [row()])
+    assert (told.task, told.operator, told.plan) == ("maths", "ties", family.plan.digest)
+    assert told.utility / UNIT == 0.75 and told.pair == tuple(c.fingerprint.digest for c in pair)
+    (cosine,), (missing,) = told.vector
+    assert not missing and abs(cosine) < 1
+    (unknown,) = measured(family.plan, pair, None, learner(), [row()])
+    assert unknown.values == (None,)
+    for change in ({"higher_is_better": False, "metric": "nats"}, {"values": [None]}, {"values": [40.0]}):
+        with pytest.raises(Unmergeable, match="share of right answers"):
+            measured(family.plan, pair, found["base"], learner(), [row(**change)])
+
+
+def test_what_was_heard_corrects_a_prediction_and_silence_does_not(family: Any) -> None:
+    found = {name: candidate(name, path) for name, path in family.parents.items()}
+    pair, learned = (found["math"], found["code"]), learner()
+    values, missing = np.array([0.1]), np.array([False])
+    assert np.array_equal(
+        Informed.by(learned, Bandit(learned)).predict(values, missing).members,
+        learned.predict(values, missing).members,
+    )
+    bandit = Bandit(learned)
+    for n in range(30):
+        told = measured(
+            family.plan, pair, found["base"], learned, [row(values=[1.0], digest=sha256(bytes([n])))]
+        )
+        bandit.add(f"peer {n % 3}", told[0])
+    linear, ties = Informed.by(learned, bandit).predict(values, missing).utility
+    assert linear == pytest.approx(0.5, abs=1e-3) and ties > 0.8
