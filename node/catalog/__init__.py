@@ -1,7 +1,7 @@
 """What there is to merge: the experts that this node holds, and what its peers say they hold.
 
     shelf = Shelf(home.experts, hashes=HashCache(home.cache))
-    shelf.add(directory, identity=identity, sketch=sketch_in_worker, now=time.time())
+    shelf.add(directory, identity=identity, sketch=partial(sketch_in_worker, probes="general"), now=now)
     book = AdvertBook(store, network="weft", me=identity.peer_id)
     book.search(Query(text="ties", architecture="LlamaForCausalLM"), now=time.time())
 
@@ -13,5 +13,6 @@ sketching     fingerprints of what is added, computed in a worker
 book          the newest valid adverts of every peer; replay, rollback, expiry and contradiction
 room          who leaves the book when it is full: connections count, names do not
 gossip        sends this node's adverts out and takes those of others in
-fingerprints  by digest, from peers and for peers
+fingerprints  and minis by digest, from peers and for peers
+fingerprint_cache  those of others that came here before
 """

@@ -5,7 +5,8 @@ parents     the models a merge is made of: found before a byte moves, on disk be
 remote      the network as a source of parents
 overlay     adverts, negotiation, links and shelves: what finding and fetching takes
 canvass     asking many peers at once, and not for long
-acquire     bringing models here: agree, fetch, shelve
+acquire     bringing models here: agree, fetch, vet, shelve
+vetting     whether fetched weights are what their fingerprint says
 private     what a job fetched for itself alone
 references  what a recipe's `model:` may say
 hub         the Hugging Face cache on this machine
