@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-eval bench-catalogue bench-skills catalogue bench-candidates bench-evolve bench-fingerprint conformance exactness clean
+.PHONY: setup demo test test-slow lint protos bench-demo bench-exchange bench-kill bench-startup bench-engine bench-eval bench-catalogue bench-skills catalogue bench-candidates bench-evolve bench-fingerprint bench-simmerge bench-bandit predictor conformance exactness clean
 
 setup: $(READY)
 
@@ -66,6 +66,15 @@ bench-candidates: setup
 # One thread: what is told of speed is that of one core.
 bench-fingerprint: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/fingerprint.py
+
+bench-simmerge: setup
+	@$(BIN)/python tests/bench/simmerge.py
+
+bench-bandit: setup
+	@$(BIN)/python tests/bench/bandit.py
+
+predictor: setup
+	@$(BIN)/python tests/bench/simmerge.py --write merge_core/simmerge/predictor.safetensors
 
 conformance: setup
 	@$(BIN)/python -m pytest -q -m "" tests/conformance
