@@ -139,7 +139,7 @@ async def running_node(
         reach = _reaching(network, book)
         links = Links(exchange, certificate, reach=reach)
         stack.push_async_callback(links.close)
-        vetting = Vetting(faults.book, identity.peer_id, say=faults.say)
+        vetting = Vetting(faults.book, identity.peer_id, say=faults.say, known=known.fingerprint)
         overlay = _overlay(home, identity, book, negotiation, links, shelf, vetting, clock)
         merging, jobs = _jobs(home, identity, overlay, gossip, store, settings.probes, clock)
         await stack.enter_async_context(jobs)

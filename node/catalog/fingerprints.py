@@ -61,6 +61,10 @@ class Fingerprints:
         self._network.handle(SKETCHES, self._answer_sketches)
         self._network.handle(WHOLE, self._answer_whole)
 
+    def connected(self, peer: PeerId) -> bool:
+        """Whether a peer can be asked without dialling it."""
+        return any(info.peer == peer for info in self._network.peers())
+
     async def fetch(
         self,
         peer: PeerId,

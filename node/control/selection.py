@@ -42,8 +42,7 @@ class SelectionServicer(selection_pb2_grpc.SelectionServicer):
     ) -> AsyncIterator[pb.ReadCandidatesResponse]:
         if not 1 <= len(request.references) <= MAX_CANDIDATES:
             raise UsageError(f"1 to {MAX_CANDIDATES} models are compared at once", hint="weft sim --help")
-        for reference in request.references:
-            found = await self._seeker.find(reference)
+        for found in await asyncio.gather(*map(self._seeker.find, request.references)):
             yield pb.ReadCandidatesResponse(candidate=views.candidate(found))
 
     async def FindPartners(

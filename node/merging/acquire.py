@@ -193,7 +193,8 @@ class Acquisition:
         )
         self._tally(fetched, time.monotonic() - begun)
         try:
-            await overlay.vetting.vet(signed, fetched)
+            advertised = [listing.model.fingerprint for listing in wanted.listings]
+            await overlay.vetting.vet(signed, fetched, advertised)
         except FalseFingerprint:
             await asyncio.to_thread(shutil.rmtree, fetched.directory, ignore_errors=True)
             raise

@@ -9,13 +9,13 @@ job ends, and what was found is signed and told to everybody (`node.provenance.f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_core.checkpoint.published import MANIFEST_FILE
-from merge_core.digest import Digest
+from merge_core.digest import Digest, ModelId
 from merge_core.simmerge.fingerprint import Fingerprint
 from merge_core.simmerge.structure import Structure, first_difference
 from node.catalog import sketching
@@ -42,8 +42,16 @@ class Vetting:
     """What this node finds out about fingerprints, and whom it tells."""
 
     def __init__(
-        self, faults: RecordBook[Fault], me: PeerId, *, say: Say, measure: Measure = measure_in_worker
+        self,
+        faults: RecordBook[Fault],
+        me: PeerId,
+        *,
+        say: Say,
+        known: Callable[[Digest], bytes | None] = lambda digest: None,
+        measure: Measure = measure_in_worker,
     ) -> None:
+        """`known` has the signed fingerprints that came here before, by digest."""
+        self._known = known
         self._faults = faults
         self._me = me
         self._say = say
@@ -61,22 +69,41 @@ class Vetting:
             if record.author == self._me and record.value.sworn.fingerprint == signed.sworn.fingerprint:
                 raise _lie(record.value, "found before")
 
-    async def vet(self, signed: SignedFingerprint, fetched: Fetched) -> None:
-        """Hold a fetched model against its fingerprint; raises FalseFingerprint, and tells everybody."""
-        structure = await self._structure(fetched)
-        found = fault.between(signed, structure.digest)
-        if found is not None:
-            await self._say(found.to_json())
-        self._settle(signed, structure)
-        if found is not None:
-            where = first_difference(signed.fingerprint.structure, structure)
-            raise _lie(found, f"first in {where}")
+    async def vet(
+        self, signed: SignedFingerprint, fetched: Fetched, advertised: Iterable[Digest] = ()
+    ) -> None:
+        """Hold a fetched model against its fingerprint; raises FalseFingerprint, and tells everybody.
 
-    def _settle(self, signed: SignedFingerprint, structure: Structure) -> None:
-        """Note of what others said about this fingerprint whether it is so."""
+        So too with others that are `advertised` for this model and came here, as a plan may have been made by
+        them: their authors are told of, and if the publisher is one of them, it is an error as well.
+        """
+        structure = await self._structure(fetched)
+        publisher, lie = fetched.publisher, None
+        for one in (signed, *self._others(signed, fetched, advertised)):
+            found = fault.between(one, structure.digest)
+            if found is not None:
+                await self._say(found.to_json())
+                if one is signed or one.author.publisher.key_id == publisher:
+                    where = first_difference(one.fingerprint.structure, structure)
+                    lie = lie or _lie(found, f"first in {where}")
+        self._settle(fetched.manifest.model_id, structure)
+        if lie is not None:
+            raise lie
+
+    def _others(
+        self, signed: SignedFingerprint, fetched: Fetched, advertised: Iterable[Digest]
+    ) -> list[SignedFingerprint]:
+        """Other fingerprints of this model that came here."""
+        here = [data for digest in dict.fromkeys(advertised) if (data := self._known(digest)) is not None]
+        found = {one.sworn.fingerprint: one for one in map(SignedFingerprint.parse, here)}
+        found.pop(signed.sworn.fingerprint, None)
+        return [one for one in found.values() if one.sworn.model_id == fetched.manifest.model_id]
+
+    def _settle(self, model_id: ModelId, structure: Structure) -> None:
+        """Note of what was said about fingerprints of this model whether it is so."""
         for record in self._faults.records():
-            if record.value.sworn.fingerprint == signed.sworn.fingerprint:
-                holds = record.value.found == structure.digest
+            if record.value.sworn.model_id == model_id:
+                holds = structure.digest != record.value.sworn.structure
                 self._faults.judge(record.digest, Judgement.HOLDS if holds else Judgement.REFUTED)
 
     async def _structure(self, fetched: Fetched) -> Structure:

@@ -25,6 +25,9 @@ from node.merging.references import LocalDirectory, Published, parse_reference
 from node.provenance.sketch import SignedFingerprint
 from node.selection.candidate import Candidate
 
+MAX_KEPT = 256
+"""Fingerprints of directories that are kept, the newest."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Here:
@@ -75,8 +78,14 @@ class Here:
             fingerprint = self._compute(directory, measured)
             self.folder.mkdir(parents=True, exist_ok=True)
             files.replace(path, fingerprint.to_bytes())
+            self._drop_oldest()
         base = shelved.base if shelved else None
         return Candidate(reference=str(directory), name=directory.name, fingerprint=fingerprint, base=base)
+
+    def _drop_oldest(self) -> None:
+        entries = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for path in entries[:-MAX_KEPT]:
+            path.unlink(missing_ok=True)
 
     def _asked(self, fingerprint: Fingerprint) -> bool:
         """Whether a fingerprint tells what the model says to our probes."""

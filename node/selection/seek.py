@@ -20,11 +20,15 @@ from node.domain.ids import PeerId
 from node.errors import NotEnoughPeers, PeerError, Refused, Unreachable, WeftError
 from node.merging.canvass import Pace, canvass
 from node.merging.references import LocalDirectory, Published, parse_reference
+from node.merging.terms import by_publisher
 from node.provenance.sketch import SignedFingerprint
 from node.selection.candidate import Candidate
 
 MAX_MINIS = 20_000
 """Experts of the catalogue that are ranked at once: 20 MB of minis."""
+MAX_ASKED = 8
+"""Peers that are asked for one fingerprint."""
+PACE = Pace(turn=10.0, total=60.0)
 
 Reach = Callable[[PeerId], Awaitable[None]]
 
@@ -40,14 +44,14 @@ class Seeker:
         reach: Reach,
         distrusted: Callable[[], frozenset[Digest]],
         clock: Callable[[], float],
-        pace: Pace | None = None,
+        pace: Pace = PACE,
     ) -> None:
         self._book = book
         self._fingerprints = fingerprints
         self._reach = reach
         self._distrusted = distrusted
         self._clock = clock
-        self._pace = pace or Pace()
+        self._pace = pace
 
     async def find(self, reference: str) -> Candidate:
         """The expert of a name, an id or a peer's id. Raises InvalidRecipe, NotEnoughPeers, PeerError."""
@@ -76,7 +80,7 @@ class Seeker:
         return {
             listing.model.model_id: (mini, listing)
             for listing in listings
-            if (mini := _read(found.get(listing.model.sketch), listing.model.model_id)) is not None
+            if (mini := _parsed(found.get(listing.model.sketch), listing.model.model_id)) is not None
         }
 
     def _listings(self, reference: str) -> tuple[Listing, ...]:
@@ -99,21 +103,51 @@ class Seeker:
     async def _whole(
         self, listings: Sequence[Listing], on_bytes: OnBytes
     ) -> tuple[SignedFingerprint, Listing]:
-        """The fingerprint of a model from whoever has it, here first; raises NotEnoughPeers."""
+        """The fingerprint of a model from whoever has it, here first; raises NotEnoughPeers.
+
+        One that the model's own publisher swears to comes before one of anybody else.
+        """
         failed: list[str] = []
-        distrusted = self._distrusted()
-        for listing in sorted(listings, key=lambda x: self._known(x) is None):
+        stranger: tuple[SignedFingerprint, Listing] | None = None
+        for listing in self._in_turn(listings):
             try:
-                data = self._known(listing) or await self._fetch(listing, on_bytes)
-                signed = await asyncio.to_thread(_agreeing, data, listing)
+                signed = await self._read(listing, on_bytes)
             except (Refused, Unreachable, PeerError) as error:
                 failed.append(f"{listing.peer.short}: {error.why}")
                 continue
-            if signed.sworn.fingerprint not in distrusted:
+            if signed.author.publisher.key_id == listing.model.publisher:
                 return signed, listing
-            failed.append(f"{listing.peer.short}: this node found that fingerprint to be false")
-        name = listings[0].model.name
-        raise NotEnoughPeers(f"nobody gave us the fingerprint of {name} ({'; '.join(failed[:4])})")
+            stranger = stranger or (signed, listing)
+        if stranger is None:
+            name, told = listings[0].model.name, "; ".join(failed[:4])
+            raise NotEnoughPeers(f"nobody gave us the fingerprint of {name} ({told})", hint="weft peers")
+        return stranger
+
+    def _in_turn(self, listings: Sequence[Listing]) -> list[Listing]:
+        """Whom to ask: by publisher as terms are taken, of each what is here first, then who is connected."""
+        ordered = [
+            listing
+            for offered in by_publisher(listings)
+            for listing in sorted(
+                offered.listings,
+                key=lambda x: (self._known(x) is None, not self._fingerprints.connected(x.peer)),
+            )
+        ]
+        return ordered[:MAX_ASKED]
+
+    async def _read(self, listing: Listing, on_bytes: OnBytes) -> SignedFingerprint:
+        """What one peer advertises; raises PeerError where this node has found it to be false before."""
+        data = self._known(listing)
+        if data is None:
+            try:
+                async with asyncio.timeout(self._pace.turn):
+                    data = await self._fetch(listing, on_bytes)
+            except TimeoutError as error:
+                raise Unreachable("it does not answer in time") from error
+        signed = await asyncio.to_thread(_agreeing, data, listing)
+        if signed.sworn.fingerprint in self._distrusted():
+            raise PeerError("this node found that fingerprint to be false")
+        return signed
 
     def _known(self, listing: Listing) -> bytes | None:
         return self._fingerprints.known.fingerprint(listing.model.fingerprint)
@@ -163,7 +197,7 @@ def _agreeing(data: bytes, listing: Listing) -> SignedFingerprint:
     return signed
 
 
-def _read(data: bytes | None, model_id: ModelId) -> Mini | None:
+def _parsed(data: bytes | None, model_id: ModelId) -> Mini | None:
     """A mini of just this model; None for any other bytes."""
     if data is None:
         return None
