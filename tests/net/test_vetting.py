@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, Measured, VerifiedSource, measure
-from merge_core.digest import sha256
+from merge_core.digest import Digest, sha256
 from merge_core.simmerge.fingerprint import Fingerprint
 from merge_core.simmerge.sketcher import compute
 from merge_core.simmerge.structure import Structure
@@ -116,6 +116,7 @@ class Finder:
     book: RecordBook[Fault]
     identity: Identity
     said: list[Any]
+    cache: dict[Digest, bytes]
 
     @property
     def vetting(self) -> Vetting:
@@ -128,9 +129,10 @@ class Finder:
             with Checkpoint.open(model.directory) as checkpoint:
                 return compute(VerifiedSource(checkpoint, leaves))
 
-        return Vetting(self.book, self.identity.peer_id, say=say, measure=here)
+        return Vetting(self.book, self.identity.peer_id, say=say, known=self.cache.get, measure=here)
 
     def vet(self, signed: SignedFingerprint, model: Measured, directory: Path) -> None:
+        """Vet what came, signed by the fingerprint's author, and all that was cached."""
         (directory / "weft.manifest.json").write_bytes(model.manifest.to_bytes())
         fetched = Fetched(
             directory=directory,
@@ -141,12 +143,14 @@ class Finder:
             copied=0,
             dropped={},
         )
-        asyncio.run(self.vetting.vet(signed, fetched))
+        asyncio.run(self.vetting.vet(signed, fetched, self.cache))
 
 
 @pytest.fixture
 def finder(tmp_path: Path, bob: Identity) -> Finder:
-    return Finder(book=RecordBook(Store(tmp_path / "node.db"), FAULTS, network="test"), identity=bob, said=[])
+    return Finder(
+        book=RecordBook(Store(tmp_path / "node.db"), FAULTS, network="test"), identity=bob, said=[], cache={}
+    )
 
 
 def test_who_is_found_out_is_named_told_of_and_not_asked_again(
@@ -171,6 +175,27 @@ def test_who_is_found_out_is_named_told_of_and_not_asked_again(
     (heard,) = accusations(elsewhere)
     assert (heard.standing, heard.sworn) == (Standing.SAID, accusation.sworn)
     assert heard.sworn.author.peer_id == alice.peer_id and len(evidence) < 8 << 10
+
+
+@pytest.mark.parametrize("by_the_publisher", [True, False])
+def test_a_fingerprint_that_a_plan_may_have_been_made_by_is_held_against_the_weights_too(
+    tmp_path: Path, alice: Identity, finder: Finder, by_the_publisher: bool
+) -> None:
+    honest = write(tmp_path / "honest", weights(1))
+    model, lie = measured(honest), structure_of(write(tmp_path / "lie", noisy(weights(1), 1)))
+    signed = swear(alice, model, structure_of(honest))
+    author = alice if by_the_publisher else keyring.create(tmp_path / "mallory", NOW)
+    made = Fingerprint(model_id=model.manifest.model_id, structure=lie, behaviour=None)
+    false = sign(made.to_bytes(), author)
+    finder.cache = {sha256(false): false}
+    if by_the_publisher:
+        with pytest.raises(FalseFingerprint, match=author.peer_id):
+            finder.vet(signed, model, honest)
+    else:
+        finder.vet(signed, model, honest)
+    (accusation,) = accusations(finder.book)
+    assert accusation.sworn.author.peer_id == author.peer_id and accusation.standing is Standing.FOUND
+    assert finder.vetting.distrusted() == {made.digest} and len(finder.said) == 1
 
 
 def test_whoever_has_the_weights_settles_what_others_said(
