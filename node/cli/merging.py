@@ -11,7 +11,7 @@ import typer
 
 from node.cli import follow, render
 from node.cli.output import out
-from node.cli.selection import Base, Probes, plan_auto
+from node.cli.selection import Base, Learned, Probes, Tasks, plan_auto, words
 
 if TYPE_CHECKING:
     from merge_core.recipe import Recipe
@@ -69,9 +69,7 @@ def plan(
     auto: Annotated[
         bool, typer.Option("--auto", help="Choose operators and order by the models' fingerprints.")
     ] = False,
-    tasks: Annotated[
-        str, typer.Option(metavar="TASK,…", help="With --auto: what to be good at, of the probes' tasks.")
-    ] = "",
+    tasks: Tasks = "",
     subsets: Annotated[
         bool, typer.Option("--subsets", help="With --auto: leave out models where that looks better.")
     ] = False,
@@ -83,20 +81,17 @@ def plan(
     ] = None,
     base: Base = None,
     probes: Probes = None,
-    predictor: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --auto: what was learned elsewhere.")
-    ] = None,
+    predictor: Learned = None,
 ) -> None:
     """Resolve a recipe and show its cost; or write one, with --auto. No weights move."""
     from node.errors import UsageError
 
     if auto:
-        wanted = [word.strip() for word in tasks.split(",") if word.strip()]
         plan_auto(
             models,
             base=base,
             probes=probes,
-            tasks=wanted,
+            tasks=words(tasks),
             subsets=subsets,
             predictor=predictor,
             explain=explain,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +41,17 @@ Probes = Annotated[
 ]
 
 
+Tasks = Annotated[str, typer.Option(metavar="TASK,…", help="What to be good at, of the probes' tasks.")]
+Learned = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="What was learned elsewhere, in place of what ships.")
+]
+
+
+def words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def silent(directory: Path, why: str) -> None:
     """Tell why a model is compared by its weights alone."""
     out.say(f"[dim]{escape(directory.name)} is compared by its weights alone: {escape(why)}[/]")
@@ -73,23 +85,27 @@ def sim(
 def partners(
     expert: Annotated[str, typer.Argument(help="A directory, a name on the shelf or of a peer, an id.")],
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=100, help="How many to show.")] = 10,
+    tasks: Tasks = "",
     base: Base = None,
     probes: Probes = None,
+    predictor: Learned = None,
 ) -> None:
     """Find who fits an expert best among all that is advertised: minis first, then whole fingerprints."""
     from node import app
     from node.home import Home
-    from node.selection import similarity
+    from node.selection import auto, similarity
 
-    mine, known, found, compared, moved = app.partners(
-        Home.default(), expert, count, base=base, probes=probes
-    )
+    home = Home.default()
+    learned, _ = app.informed(home, app.predictor(predictor))
+    mine, known, found, compared, moved = app.partners(home, expert, count, base=base, probes=probes)
     told = similarity.compare([mine, *found], known) if found else None
     rows = [
         candidate_data(other)
+        | auto.best_of(mine, other, known, learned, tasks=words(tasks))
         | {name: cells[0][number] for name, cells in (told.cells if told else {}).items()}
         for number, other in enumerate(found, 1)
     ]
+    rows.sort(key=lambda row: -math.inf if row["predicted"] is None else row["predicted"], reverse=True)
     data = {
         "expert": candidate_data(mine),
         "base": candidate_data(known) if known else None,
@@ -103,9 +119,7 @@ def partners(
 def outcome(
     directory: Annotated[Path, typer.Argument(help="A merge of two experts.")],
     tasks: Annotated[str, typer.Option(metavar="TASK,…", help="What to measure it at; as for weft eval.")],
-    predictor: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What plans are made with, unless it is what ships.")
-    ] = None,
+    predictor: Learned = None,
 ) -> None:
     """Measure what a merge turned out to be worth, and tell the network: later plans are better for it."""
     from merge_core.simmerge.outcomes import UNIT
@@ -113,7 +127,7 @@ def outcome(
     from node.errors import UsageError
     from node.home import Home
 
-    wanted = [word.strip() for word in tasks.split(",") if word.strip()]
+    wanted = words(tasks)
     if not wanted:
         raise UsageError("no tasks are named", hint=f"weft outcome {directory} --tasks rev:dev")
     learned = app.predictor(predictor)
@@ -237,12 +251,12 @@ def _partners(console: Console, data: Data) -> None:
     if not data["partners"]:
         console.print("nobody advertises a model that can be compared; see: weft search")
         return
-    shown = ("task_cosine", "weight_cosine", "sign_agreement", "js", "agreement")
+    shown = ("predicted", "task_cosine", "weight_cosine", "js")
     rows = [
-        (p["name"], render.short(p["model_id"]), *(_figure(p[name]) for name in shown))
+        (p["name"], render.short(p["model_id"]), p["operator"] or "-", *(_figure(p[name]) for name in shown))
         for p in data["partners"]
     ]
-    columns = ("name", "model id", "task cosine", "weight cosine", "one sign", "JS", "same token")
+    columns = ("name", "model id", "best by", "predicted", "task cosine", "weight cosine", "JS")
     console.print(table("", columns, rows))
     out.say(f"[dim]{data['compared']} models were compared[/]")
     moved(data["moved"])

@@ -108,7 +108,7 @@ def plan(
     advice = advise(
         {candidate.reference: candidate.fingerprint for candidate in candidates},
         base=base.fingerprint if base else None,
-        tasks=_tasks(candidates, tasks),
+        tasks=expect_asked(candidates, tasks),
         predictor=predictor,
         operators=() if base else [name for name in predictor.operators if name in BASELESS],
         least=2 if subsets else None,
@@ -116,8 +116,32 @@ def plan(
     return Auto(candidates=tuple(candidates), base=base, advice=advice)
 
 
-def _tasks(candidates: Sequence[Candidate], wanted: Sequence[str]) -> tuple[str, ...]:
-    """The tasks to be good at, each once."""
+def best_of(
+    mine: Candidate,
+    other: Candidate,
+    base: Candidate | None,
+    predictor: Predictor,
+    *,
+    tasks: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What the best merge of two would be, for a table of partners; None where nothing can be told.
+
+    Raises Unmergeable on a task that `mine` was not asked about.
+    """
+    expect_asked([mine], tasks)
+    try:
+        best = plan([mine, other], base, predictor, tasks=tasks).advice.best
+    except Unmergeable:
+        return {"operator": None, "predicted": None, "width": None}
+    return {
+        "operator": best.chain.operators[0],
+        "predicted": best.utility,
+        "width": best.width(),
+    }
+
+
+def expect_asked(candidates: Sequence[Candidate], wanted: Sequence[str]) -> tuple[str, ...]:
+    """The tasks to be good at, each once; raises Unmergeable on one that not all were asked about."""
     asked = [c.fingerprint.behaviour.tasks for c in candidates if c.fingerprint.behaviour is not None]
     known = [task for task in (asked[0] if asked else ()) if all(task in tasks for tasks in asked)]
     for task in wanted:

@@ -333,14 +333,20 @@ async def test_a_plan_is_made_of_what_peers_hold_and_its_recipe_merges(
     assert (code, told["error"]["kind"]) == (5, "CorruptCheckpoint")
 
 
-async def test_partners_are_found_among_all_that_is_advertised(pair: Pair, weft: Weft) -> None:
+async def test_partners_are_found_among_all_that_is_advertised(
+    pair: Pair, weft: Weft, tmp_path: Path
+) -> None:
     mine = write(pair.models / "mine", 1, 9)
-    code, told, _ = await weft("partners", mine, "--base", "base", "-n", "2")
+    fond = fond_of("task_arithmetic", tmp_path)
+    code, told, _ = await weft("partners", mine, "--base", "base", "-n", "2", "--predictor", fond)
     assert code == 0, told
     data = told["data"]
     assert {p["name"] for p in data["partners"]} <= {"math", "code", "false"} and len(data["partners"]) == 2
     assert data["compared"] == 4 and 0 < data["moved"] < 1_000_000
     assert all(abs(p["task_cosine"]) < 0.3 for p in data["partners"])
+    assert {p["operator"] for p in data["partners"]} == {"task_arithmetic"}
+    predicted = [p["predicted"] for p in data["partners"]]
+    assert predicted == sorted(predicted, reverse=True) and predicted[0] != predicted[1]
 
 
 async def test_an_outcome_that_one_node_measured_is_what_the_other_learns_from(pair: Pair) -> None:
