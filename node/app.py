@@ -295,15 +295,15 @@ def _found(home: Home, here: Here, references: Sequence[str]) -> list[Candidate]
     """Models by reference: here, else from the node."""
     from node.control.client import ControlClient
 
-    found = {reference: here.find(reference, Path.cwd()) for reference in references}
-    missing = [reference for reference, candidate in found.items() if candidate is None]
+    missing = [reference for reference in dict.fromkeys(references) if not here.has(reference, Path.cwd())]
+    if missing and not node_runs(home):
+        raise NodeNotRunning(f"{missing[0]} is not on this machine", hint="weft up -d, then again")
+    found = {name: here.find(name, Path.cwd()) for name in references if name not in missing}
     if missing:
-        if not node_runs(home):
-            raise NodeNotRunning(f"{missing[0]} is not on this machine", hint="weft up -d, then again")
         with ControlClient.connect(home) as node:
             answers = node.candidates(missing)
         found |= {name: _candidate(message) for name, message in zip(missing, answers, strict=True)}
-    return [candidate for candidate in found.values() if candidate is not None]
+    return [candidate for name in references if (candidate := found[name]) is not None]
 
 
 def partners(

@@ -89,7 +89,8 @@ def find(reference: str) -> ProbeSet:
         return parse(reference, text.split("\n"))
     if not reference.endswith(".jsonl"):
         raise InvalidTask(
-            f"there is no probe set {reference[:80]!r}", hint=f"{', '.join(BUILT_IN)}, or FILE.jsonl"
+            f"there is no probe set {reference[:80]!r}",
+            hint=f"weft add DIR --probes {BUILT_IN[0]}; or {', '.join(BUILT_IN[1:])}, or FILE.jsonl",
         )
     return read(Path(reference))
 

@@ -46,6 +46,6 @@ def expect_different(candidates: Sequence[Candidate]) -> None:
         if candidate.model_id in seen:
             raise Unmergeable(
                 f"{seen[candidate.model_id]} and {candidate.name} are the same model",
-                hint="name each model once",
+                hint="name each model once: weft sim A B",
             )
         seen[candidate.model_id] = candidate.name

@@ -41,6 +41,14 @@ class Here:
     silent: Callable[[Path, str], None] = lambda directory, why: None
     """Told why a model can be compared by its weights alone."""
 
+    def has(self, reference: str, desk: Path) -> bool:
+        """Whether `find` would find a model, before anything is computed."""
+        wanted = parse_reference(reference, desk)
+        if isinstance(wanted, LocalDirectory):
+            return True
+        name = str(wanted.model_id) if isinstance(wanted, Published) else wanted.name
+        return self._shelved(name) is not None and not (isinstance(wanted, Published) and wanted.peer)
+
     def find(self, reference: str, desk: Path) -> Candidate | None:
         """A model that lies here, relative paths being read from `desk`; None where it does not.
 

@@ -316,6 +316,22 @@ CASES = {
     "usage-missing-argument": Case(words="merge", code=2, why="Missing argument", then="weft merge --help"),
     "usage-no-verb-of-id": Case(words="id", code=2, why="Missing command", then="weft id --help"),
     "usage-audit": Case(words="verify math --audit half", code=2, why="half", then="--audit full"),
+    # choosing by fingerprints
+    "sim-alone": Case(words="sim math", code=2, why="one model alone", then="weft partners math"),
+    "sim-no-probes": Case(
+        words="sim math code --probes ghost", code=2, why="no probe set 'ghost'", then="weft add DIR --probes"
+    ),
+    "no-node-sim": Case(words="sim math law", code=3, why="law is not on this machine", then="weft up -d"),
+    "plan-auto-alone": Case(words="plan --auto math", code=2, why="two models", then="weft partners math"),
+    "plan-auto-nowhere": Case(
+        words="plan --auto math code -o gone/r.yml", code=1, why="cannot be written", then="ls -ld"
+    ),
+    "plan-two-recipes": Case(
+        words="plan recipe.yml math", code=2, why="one recipe", then="weft plan --auto recipe.yml math"
+    ),
+    "plan-explains-what": Case(
+        words="plan recipe.yml --explain", code=2, why="--explain goes with --auto", then="weft plan --auto"
+    ),
     "usage-no-ticket": Case(words="join hello", code=2, why="not a ticket", then="weft invite"),
     "usage-torn-ticket": Case(words="join weft1:xxx", code=2, why="damaged", then="weft invite"),
     "verify-key-is-gone": Case(words="verify math --publisher gone", code=1, why="gone", then="weft id show"),
