@@ -87,7 +87,7 @@ OPERATORS = ("task_arithmetic", "ties", "dare_ties")
 FEW = 32
 FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
     "exact_match": {"steps": 60, "rate": 3e-4},
-    "text": {"steps": 20, "rate": 1e-4},
+    "text": {"steps": 15, "rate": 1e-4},
 }
 COMPARED = (
     ("per_expert", "uniform"),
