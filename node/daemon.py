@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from merge_core.simmerge import probes
 from node import config
 from node.catalog.book import AdvertBook
 from node.catalog.expert import Origin
@@ -80,10 +81,11 @@ async def serve(home: Home, settings: Config, *, on_up: Callable[[], None], cloc
     """Run the node of a home until it is asked to stop by the control API, SIGTERM or SIGINT.
 
     Raises LocalError when there is no identity, a node runs already, a port is in use, a bootstrap address
-    is malformed, or a part of the node crashed.
+    is malformed, or a part of the node crashed; InvalidTask when there are no such probes.
     """
     for address in settings.bootstrap:
         parse_address(address)
+    probes.find(settings.probes)  # now, and not when the first merge is to be shared
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
