@@ -3,8 +3,11 @@
     forecast = Forecast(experts, base=base, tasks=("maths", "code"), predictor=default())
     forecast.scored(Chain(experts=("a", "b"), operators=("ties",))).utility
 
-A chain is worth what its last step is predicted to be worth, mean over the tasks. What that step merges has
-no fingerprint yet: a blend of its parents' stands for it (see `blending`), as do predictions for its scores.
+A chain is worth what its steps are predicted to be worth, mean over steps and tasks: what a step spoils no
+later one mends, and predictions of late ones are the less sure. What they merge has no fingerprint yet: a
+blend of its parents' stands for it (see `blending`), and predictions for its scores. On chains of a catalogue
+for tuning the mean closed more of the gap than the last step alone: of three experts .54 against .44, of four
+.52 against .29.
 """
 
 from __future__ import annotations
@@ -113,10 +116,17 @@ class Forecast:
         self._told: dict[tuple[_Begun, str], tuple[Prediction, Features]] = {}
 
     def scored(self, chain: Chain) -> Scored:
-        """What the last step is predicted to be worth."""
+        """What all steps are predicted to be worth."""
+        steps = [
+            self._step(Chain(experts=chain.experts[: count + 1], operators=chain.operators[:count]))
+            for count in range(1, len(chain.experts))
+        ]
+        return Scored(chain=chain, members=np.mean(steps, axis=0))
+
+    def _step(self, chain: Chain) -> Floats:
+        """[members, tasks]: what the last step is predicted to be worth."""
         prediction, _ = self._last(chain)
-        at = self._predictor.operators.index(chain.operators[-1])
-        return Scored(chain=chain, members=prediction.members[..., at])
+        return prediction.members[..., self._predictor.operators.index(chain.operators[-1])]
 
     def reasons(self, chain: Chain, operators: Sequence[str]) -> tuple[Reason, ...]:
         """What each feature does for the lead of the last operator over the next, the weightiest first."""
@@ -183,8 +193,8 @@ class Forecast:
             return self._scores[chain.experts[0]]
         if not any(self._scores.values()):
             return {}
-        before = self.scored(Chain(experts=chain.experts[:-1], operators=chain.operators[:-1]))
-        return dict(zip(self._tasks, before.by_task.tolist(), strict=True))
+        before = self._step(Chain(experts=chain.experts[:-1], operators=chain.operators[:-1])).mean(axis=0)
+        return dict(zip(self._tasks, before.tolist(), strict=True))
 
     def _fingerprint(self, experts: tuple[str, ...], kinds: tuple[str, ...]) -> Fingerprint:
         if len(experts) == 1:

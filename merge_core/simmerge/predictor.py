@@ -131,28 +131,20 @@ class Predictor:
         Products and sums in float64, one after the other in a fixed order, which a library for matrices does
         not promise: slower than `predict`, and for records that machines have to add up alike.
         """
-        told = [
-            self._heads(self._embedded(values, missing, member), member) for member in range(self.members)
-        ]
+        signal = self.inputs(values, missing)
+        signal = np.broadcast_to(signal, (self.members, *signal.shape))
+        for layer in self.layers[:-1]:
+            signal = np.maximum(_in_order(signal, layer), 0.0)
+        told = _in_order(signal, self.layers[-1])
         total = told[0]
         for other in told[1:]:
             total = total + other
-        first = np.clip(self._embedded(values, missing, 0), -MAX_EMBEDDED, MAX_EMBEDDED)
-        whole = np.rint(first * UNIT).astype(np.int64)
+        whole = np.rint(np.clip(signal[0], -MAX_EMBEDDED, MAX_EMBEDDED) * UNIT).astype(np.int64)
         constant = np.full((*whole.shape[:-1], 1), UNIT, np.int64)
         return Settled(
             embedding=np.concatenate([whole, constant], axis=-1),
             utility=np.rint(np.clip(total / self.members, -1.0, 2.0) * UNIT).astype(np.int64),
         )
-
-    def _embedded(self, values: npt.NDArray[Any], missing: Flags, member: int) -> Doubles:
-        signal = self.inputs(values, missing)
-        for layer in self.layers[:-1]:
-            signal = np.maximum(_in_order(signal, layer, member), 0.0)
-        return signal
-
-    def _heads(self, signal: Doubles, member: int) -> Doubles:
-        return _in_order(signal, self.layers[-1], member)
 
     @property
     def members(self) -> int:
@@ -219,11 +211,14 @@ def default() -> Predictor:
     return Predictor.parse(resources.files("merge_core.simmerge").joinpath(_DEFAULT).read_bytes())
 
 
-def _in_order(signal: Doubles, layer: Layer, member: int) -> Doubles:
-    """A layer of one member, its products added one column after the other."""
-    total: Doubles = layer.bias[member].astype(np.float64)
-    for column, row in enumerate(layer.weights[member].astype(np.float64)):
-        total = total + signal[..., column, None] * row
+def _in_order(signal: Doubles, layer: Layer) -> Doubles:
+    """A layer for float64[members, ..., in], its products added one column after the other."""
+    between = (1,) * (signal.ndim - 2)
+    members, columns, out = layer.weights.shape
+    total: Doubles = layer.bias.astype(np.float64).reshape(members, *between, out)
+    weights = layer.weights.astype(np.float64).reshape(members, columns, *between, out)
+    for column in range(columns):
+        total = total + signal[..., column, None] * weights[:, column]
     return total
 
 
