@@ -4,8 +4,8 @@
                          items=task.digest, values=values, missing=missing, names=NAMES, utility=0.81)
     Outcome.parse(outcome.to_bytes()) == outcome
 
-Numbers are whole ones of 1/UNIT, so that every machine adds up the same. Who says so is not in it: a record is
-signed, and what a peer may count for is bounded where records are used (see `bandit`).
+Numbers are whole ones of 1/UNIT, so that every machine adds up the same. Who says so is not in it: a record
+is signed, and what a peer may count for is bounded where records are used (see `bandit`).
 """
 
 from __future__ import annotations
