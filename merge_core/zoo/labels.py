@@ -41,6 +41,7 @@ Right = Mapping[str, Mapping[str, str]]
 
 _RECORD = "labels.json"
 _CHAINS = "chains.json"
+_EVERYWHERE = "everywhere.json"
 _SAMPLED = {3: 16, 4: 10}
 """How many threes and fours of experts are labelled."""
 _CHAINS_EACH = 24
@@ -120,19 +121,25 @@ def measure_chains(
     catalogue: Catalogue,
     wanted: Sequence[Chain],
     *,
+    everywhere: bool = False,
     limit: int | None = None,
     on_progress: Progress = lambda *_: None,
 ) -> tuple[Chained, ...]:
-    """Merge and score chains, or read what was measured of the same chains of the same models."""
+    """Merge and score chains, or read what was measured of the same chains of the same models.
+
+    `everywhere` asks for all domains of the catalogue, also those that none of the experts was trained on.
+    """
     told_of = [[*chain.experts, *chain.operators] for chain in wanted]
-    path, origin = catalogue.directory / _CHAINS, _origin(catalogue, limit) | {"chains": told_of}
+    path = catalogue.directory / (_EVERYWHERE if everywhere else _CHAINS)
+    origin = _origin(catalogue, limit) | {"chains": told_of}
     rights: list[Right] = []
     if path.is_file():
         told = json.loads(read_bounded(path, _MAX_RECORD))
         rights = told["right"] if told["origin"] == origin else []
     if not rights:
         with _examiner(catalogue, limit) as examiner:
-            asked = [partial(examiner.merged, chain) for chain in wanted]
+            domains = catalogue.domains if everywhere else ()
+            asked = [partial(examiner.merged, chain, domains) for chain in wanted]
             rights = _answered(asked, _begun(path), origin, "merge and score chains", on_progress)
         files.replace(path, json.dumps({"origin": origin, "right": rights}).encode())
         _begun(path).unlink(missing_ok=True)
@@ -230,12 +237,12 @@ class _Examiner:
     bench: Workbench
     tasks: Mapping[tuple[str, str], Task]
 
-    def merged(self, chain: Chain) -> Right:
-        """What a merge answers in the domains of its experts."""
+    def merged(self, chain: Chain, domains: Sequence[str] = ()) -> Right:
+        """What a merge answers in some domains, those of its experts where none are named."""
         self.bench.make(parse(chain.recipe(base="base", dtype="float32")))
         owned = (self.catalogue.experts[name].training.own for name in chain.experts)
-        domains = dict.fromkeys(domain for own in owned for domain in own)
-        return {role: {name: self._marks(role, name) for name in domains} for role in JUDGED}
+        judged = domains or tuple(dict.fromkeys(domain for own in owned for domain in own))
+        return {role: {name: self._marks(role, name) for name in judged} for role in JUDGED}
 
     def alone(self, name: str) -> Right:
         """What a model answers in all domains."""
