@@ -1,4 +1,4 @@
-"""Verbs that choose before anything moves, and that learn from what came of it: sim, partners, outcome."""
+"""Verbs that choose before anything moves, or learn from what came of it: sim, partners, outcome(s)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLUMN = 12
 
 def register(app: typer.Typer, panel: str) -> None:
     """Hang these verbs on the command."""
-    verbs: tuple[Callable[..., None], ...] = (sim, partners, outcome)
+    verbs: tuple[Callable[..., None], ...] = (sim, partners, outcome, outcomes)
     for verb in verbs:
         app.command(rich_help_panel=panel)(verb)
 
@@ -146,6 +146,57 @@ def outcome(
     out.result(
         {"outcomes": data}, lambda console: console.print(table("", ("task", "operator", "right"), rows))
     )
+
+
+def outcomes() -> None:
+    """List what merges turned out to be worth, as peers and this node have measured them."""
+    from merge_core.simmerge.outcomes import UNIT, Outcome
+    from node.cli import follow
+    from node.home import Home
+
+    with follow.running_node(Home.default()) as node:
+        records = node.outcomes()
+    data = [
+        {
+            "author": record.author,
+            "at": record.at,
+            "digest": record.digest,
+            "models": list(record.models),
+            "task": told.task,
+            "operator": told.operator,
+            "utility": told.utility / UNIT,
+            "judged": record.judged,
+            "again": record.again,
+        }
+        for record in records
+        for told in [Outcome.parse(record.outcome)]
+    ]
+    out.result({"outcomes": data}, lambda console: _outcomes(console, data))
+
+
+def _outcomes(console: Console, data: list[Data]) -> None:
+    if not data:
+        console.print("nobody has told of a merge yet; measure one with: weft outcome DIR --tasks TASK")
+        return
+    rows = [
+        (
+            d["author"][-6:],
+            " + ".join(render.short(model) for model in d["models"]) or "unknown here",
+            d["operator"],
+            d["task"],
+            f"{100 * d['utility']:.1f} %",
+            d["judged"] or "-",
+        )
+        for d in data
+    ]
+    console.print(table("", ("by", "models", "operator", "task", "right", "checked here"), rows))
+    for d in data:
+        if d["again"]:
+            pair = " and ".join(render.short(model) for model in d["models"])
+            out.say(
+                f"To check one of them: merge {escape(pair)} by {escape(d['operator'])}, then:"
+                f" [bold]weft outcome DIR --tasks {escape(d['task'])}:…[/]"
+            )
 
 
 def plan_auto(

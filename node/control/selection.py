@@ -6,6 +6,7 @@ It translates and waits for the seeker; what the fingerprints mean is computed b
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from merge_core.simmerge.index import Index
 from merge_core.simmerge.mini import Mini
 from merge_core.simmerge.outcomes import Outcome
 from node.control import views
+from node.domain.ids import PeerId
 from node.errors import UsageError, WeftError
 from node.provenance.fault import Fault, accusations
 from node.records.book import RecordBook
@@ -32,10 +34,17 @@ MAX_FAULTS = 500
 class SelectionServicer(selection_pb2_grpc.SelectionServicer):
     """One method an RPC; errors are raised typed and described by the interceptor."""
 
-    def __init__(self, seeker: Seeker, faults: RecordBook[Fault], outcomes: RecordGossip[Outcome]) -> None:
+    def __init__(
+        self,
+        me: PeerId,
+        seeker: Seeker,
+        faults: RecordBook[Fault],
+        told: RecordGossip[Outcome],
+    ) -> None:
+        self._me = me
         self._seeker = seeker
         self._faults = faults
-        self._outcomes = outcomes
+        self._outcomes = told
 
     async def ReadCandidates(
         self, request: pb.ReadCandidatesRequest, context: Any
@@ -78,14 +87,19 @@ class SelectionServicer(selection_pb2_grpc.SelectionServicer):
     ) -> AsyncIterator[pb.ListOutcomesResponse]:
         book = self._outcomes.book
         judged = book.judged()
+        known = await asyncio.to_thread(self._seeker.known)
+        drawn = outcomes.spot(book, self._me, nonce=secrets.token_bytes(16), here=known.__contains__)
         for record in book.records():
             judgement = judged.get(record.digest)
+            pair = [known[digest].model.model_id for digest in record.value.pair if digest in known]
             yield pb.ListOutcomesResponse(
                 author=record.author,
                 at=record.at,
                 digest=record.digest,
                 outcome=record.value.to_bytes(),
                 judged=judgement.value if judgement else "",
+                models=pair if len(pair) == 2 else (),
+                again=record in drawn,
             )
 
     async def RecordOutcome(self, request: pb.RecordOutcomeRequest, context: Any) -> pb.RecordOutcomeResponse:

@@ -318,7 +318,8 @@ async def start(services: Services, token: str) -> ControlServer:
     )
     control_pb2_grpc.add_NodeServicer_to_server(NodeServicer(services), server)  # type: ignore[no-untyped-call]
     selection_pb2_grpc.add_SelectionServicer_to_server(  # type: ignore[no-untyped-call]
-        SelectionServicer(services.seeker, services.faults, services.outcomes), server
+        SelectionServicer(services.identity.peer_id, services.seeker, services.faults, services.outcomes),
+        server,
     )
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

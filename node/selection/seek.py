@@ -67,6 +67,13 @@ class Seeker:
             moved=sum(moved),
         )
 
+    def known(self) -> dict[Digest, Listing]:
+        """Whose fingerprint is which, by its digest without signature and as minis here tell (blocking)."""
+        listings = self._book.listings(self._clock())[:MAX_MINIS]
+        found = self._here(list({listing.model.sketch for listing in listings}))
+        minis = ((_parsed(found.get(x.model.sketch), x.model.model_id), x) for x in listings)
+        return {mini.fingerprint: listing for mini, listing in minis if mini is not None}
+
     async def minis(self, on_bytes: OnBytes = lambda count: None) -> dict[ModelId, tuple[Mini, Listing]]:
         """A mini of every model that somebody advertises; those that nobody gives in time are left out."""
         listings = self._book.listings(self._clock())[:MAX_MINIS]

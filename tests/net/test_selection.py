@@ -349,6 +349,13 @@ async def test_partners_are_found_among_all_that_is_advertised(
     assert predicted == sorted(predicted, reverse=True) and predicted[0] != predicted[1]
 
 
+def told_by(home: Home) -> Any:
+    """The one outcome that a node knows."""
+    with ControlClient.connect(home) as node:
+        (record,) = node.outcomes()
+    return record
+
+
 async def test_an_outcome_that_one_node_measured_is_what_the_other_learns_from(pair: Pair) -> None:
     bob, alice = pair.bob, pair.alice
     first, second = await bob.seeker.find("math"), await bob.seeker.find("code")
@@ -371,12 +378,11 @@ async def test_an_outcome_that_one_node_measured_is_what_the_other_learns_from(p
     assert await asyncio.to_thread(tell) == measured.digest
     await until(lambda: len(alice.outcomes.book.records()) == 1)
 
-    def heard() -> list[Any]:
-        with ControlClient.connect(alice.home) as node:
-            return node.outcomes()
-
-    (record,) = await asyncio.to_thread(heard)
+    record = await asyncio.to_thread(told_by, alice.home)
     assert record.author == bob.identity.peer_id and Measured.parse(record.outcome) == measured
+    assert list(record.models) == [pair.ids["math"], pair.ids["code"]]
+    assert record.again and not record.judged, "whoever holds both may be asked to try again"
     learned = Predictor.parse(fond_of("ties", alice.home.root).read_bytes())
+    assert not (await asyncio.to_thread(told_by, bob.home)).again, "nobody checks himself"
     states = {outcomes.learned(learned, node.outcomes.book).to_bytes() for node in (alice, bob)}
     assert len(states) == 1

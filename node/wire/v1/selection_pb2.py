@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cnode/wire/v1/selection.proto\x12\x07weft.v1\"m\n\tCandidate\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12\x0e\n\x06\x61uthor\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12\r\n\x05moved\x18\x06 \x01(\x03\"+\n\x15ReadCandidatesRequest\x12\x12\n\nreferences\x18\x01 \x03(\t\"?\n\x16ReadCandidatesResponse\x12%\n\tcandidate\x18\x01 \x01(\x0b\x32\x12.weft.v1.Candidate\"B\n\x13\x46indPartnersRequest\x12\x0e\n\x06sketch\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x0c\x12\r\n\x05\x63ount\x18\x03 \x01(\x05\"^\n\x14\x46indPartnersResponse\x12%\n\tcandidate\x18\x01 \x01(\x0b\x32\x12.weft.v1.Candidate\x12\x10\n\x08\x63ompared\x18\x02 \x01(\x03\x12\r\n\x05moved\x18\x03 \x01(\x03\"y\n\tFaultView\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tpublisher\x18\x03 \x01(\t\x12\x0f\n\x07peer_id\x18\x04 \x01(\t\x12\x0f\n\x07\x66inders\x18\x05 \x03(\t\x12\x10\n\x08standing\x18\x06 \x01(\t\":\n\x11ListFaultsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListFaultsResponse\x12\"\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x12.weft.v1.FaultView\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x15\n\x13ListOutcomesRequest\"c\n\x14ListOutcomesResponse\x12\x0e\n\x06\x61uthor\x18\x01 \x01(\t\x12\n\n\x02\x61t\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07outcome\x18\x04 \x01(\x0c\x12\x0e\n\x06judged\x18\x05 \x01(\t\"\'\n\x14RecordOutcomeRequest\x12\x0f\n\x07outcome\x18\x01 \x01(\x0c\"\'\n\x15RecordOutcomeResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t2\x95\x03\n\tSelection\x12S\n\x0eReadCandidates\x12\x1e.weft.v1.ReadCandidatesRequest\x1a\x1f.weft.v1.ReadCandidatesResponse0\x01\x12M\n\x0c\x46indPartners\x12\x1c.weft.v1.FindPartnersRequest\x1a\x1d.weft.v1.FindPartnersResponse0\x01\x12\x45\n\nListFaults\x12\x1a.weft.v1.ListFaultsRequest\x1a\x1b.weft.v1.ListFaultsResponse\x12M\n\x0cListOutcomes\x12\x1c.weft.v1.ListOutcomesRequest\x1a\x1d.weft.v1.ListOutcomesResponse0\x01\x12N\n\rRecordOutcome\x12\x1d.weft.v1.RecordOutcomeRequest\x1a\x1e.weft.v1.RecordOutcomeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cnode/wire/v1/selection.proto\x12\x07weft.v1\"m\n\tCandidate\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12\x0e\n\x06\x61uthor\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12\r\n\x05moved\x18\x06 \x01(\x03\"+\n\x15ReadCandidatesRequest\x12\x12\n\nreferences\x18\x01 \x03(\t\"?\n\x16ReadCandidatesResponse\x12%\n\tcandidate\x18\x01 \x01(\x0b\x32\x12.weft.v1.Candidate\"B\n\x13\x46indPartnersRequest\x12\x0e\n\x06sketch\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x0c\x12\r\n\x05\x63ount\x18\x03 \x01(\x05\"^\n\x14\x46indPartnersResponse\x12%\n\tcandidate\x18\x01 \x01(\x0b\x32\x12.weft.v1.Candidate\x12\x10\n\x08\x63ompared\x18\x02 \x01(\x03\x12\r\n\x05moved\x18\x03 \x01(\x03\"y\n\tFaultView\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tpublisher\x18\x03 \x01(\t\x12\x0f\n\x07peer_id\x18\x04 \x01(\t\x12\x0f\n\x07\x66inders\x18\x05 \x03(\t\x12\x10\n\x08standing\x18\x06 \x01(\t\":\n\x11ListFaultsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListFaultsResponse\x12\"\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x12.weft.v1.FaultView\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x15\n\x13ListOutcomesRequest\"\x82\x01\n\x14ListOutcomesResponse\x12\x0e\n\x06\x61uthor\x18\x01 \x01(\t\x12\n\n\x02\x61t\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07outcome\x18\x04 \x01(\x0c\x12\x0e\n\x06judged\x18\x05 \x01(\t\x12\x0e\n\x06models\x18\x06 \x03(\t\x12\r\n\x05\x61gain\x18\x07 \x01(\x08\"\'\n\x14RecordOutcomeRequest\x12\x0f\n\x07outcome\x18\x01 \x01(\x0c\"\'\n\x15RecordOutcomeResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t2\x95\x03\n\tSelection\x12S\n\x0eReadCandidates\x12\x1e.weft.v1.ReadCandidatesRequest\x1a\x1f.weft.v1.ReadCandidatesResponse0\x01\x12M\n\x0c\x46indPartners\x12\x1c.weft.v1.FindPartnersRequest\x1a\x1d.weft.v1.FindPartnersResponse0\x01\x12\x45\n\nListFaults\x12\x1a.weft.v1.ListFaultsRequest\x1a\x1b.weft.v1.ListFaultsResponse\x12M\n\x0cListOutcomes\x12\x1c.weft.v1.ListOutcomesRequest\x1a\x1d.weft.v1.ListOutcomesResponse0\x01\x12N\n\rRecordOutcome\x12\x1d.weft.v1.RecordOutcomeRequest\x1a\x1e.weft.v1.RecordOutcomeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,12 +49,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTFAULTSRESPONSE']._serialized_end=690
   _globals['_LISTOUTCOMESREQUEST']._serialized_start=692
   _globals['_LISTOUTCOMESREQUEST']._serialized_end=713
-  _globals['_LISTOUTCOMESRESPONSE']._serialized_start=715
-  _globals['_LISTOUTCOMESRESPONSE']._serialized_end=814
-  _globals['_RECORDOUTCOMEREQUEST']._serialized_start=816
-  _globals['_RECORDOUTCOMEREQUEST']._serialized_end=855
-  _globals['_RECORDOUTCOMERESPONSE']._serialized_start=857
-  _globals['_RECORDOUTCOMERESPONSE']._serialized_end=896
-  _globals['_SELECTION']._serialized_start=899
-  _globals['_SELECTION']._serialized_end=1304
+  _globals['_LISTOUTCOMESRESPONSE']._serialized_start=716
+  _globals['_LISTOUTCOMESRESPONSE']._serialized_end=846
+  _globals['_RECORDOUTCOMEREQUEST']._serialized_start=848
+  _globals['_RECORDOUTCOMEREQUEST']._serialized_end=887
+  _globals['_RECORDOUTCOMERESPONSE']._serialized_start=889
+  _globals['_RECORDOUTCOMERESPONSE']._serialized_end=928
+  _globals['_SELECTION']._serialized_start=931
+  _globals['_SELECTION']._serialized_end=1336
 # @@protoc_insertion_point(module_scope)

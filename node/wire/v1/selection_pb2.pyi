@@ -91,18 +91,22 @@ class ListOutcomesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListOutcomesResponse(_message.Message):
-    __slots__ = ("author", "at", "digest", "outcome", "judged")
+    __slots__ = ("author", "at", "digest", "outcome", "judged", "models", "again")
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     JUDGED_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     author: str
     at: int
     digest: str
     outcome: bytes
     judged: str
-    def __init__(self, author: _Optional[str] = ..., at: _Optional[int] = ..., digest: _Optional[str] = ..., outcome: _Optional[bytes] = ..., judged: _Optional[str] = ...) -> None: ...
+    models: _containers.RepeatedScalarFieldContainer[str]
+    again: bool
+    def __init__(self, author: _Optional[str] = ..., at: _Optional[int] = ..., digest: _Optional[str] = ..., outcome: _Optional[bytes] = ..., judged: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., again: _Optional[bool] = ...) -> None: ...
 
 class RecordOutcomeRequest(_message.Message):
     __slots__ = ("outcome",)
