@@ -80,9 +80,11 @@ def advise(
             f"nobody has learned what {unknown[0]} is worth", hint=f"one of {', '.join(predictor.operators)}"
         )
     smallest = len(experts) if least is None else least
-    scored = [forecast.scored(chain) for chain in _searched(forecast, tuple(experts), chosen, smallest)]
-    prints = {name: expert.model_id for name, expert in experts.items()}
-    scored.sort(key=lambda s: (-s.utility, [prints[name] for name in s.chain.experts], s.chain.operators))
+    ids = {name: expert.model_id for name, expert in experts.items()}
+    # Nothing may depend on how the experts are listed, and of a chain its first two are in any order.
+    listed = tuple(sorted(experts, key=ids.__getitem__))
+    scored = [forecast.scored(chain) for chain in _searched(forecast, listed, chosen, smallest)]
+    scored.sort(key=lambda s: (-s.utility, [ids[name] for name in s.chain.experts], s.chain.operators))
     return Advice(
         tasks=tuple(tasks),
         ranked=tuple(scored[:MAX_TOLD]),

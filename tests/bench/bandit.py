@@ -38,7 +38,7 @@ STREAMS = 5
 """For each catalogue."""
 NEW_OPERATOR = "task_arithmetic"
 NEW_TASK = "rot"
-COURAGE = 0.1
+COURAGE = 0.03
 """What a width counts for; chosen on the tuning catalogues."""
 MARKS = tuple(range(20, LENGTH + 1, 20))
 

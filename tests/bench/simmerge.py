@@ -37,7 +37,7 @@ from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.evolution.mapped import MappedSource
 from merge_core.simmerge import probes
 from merge_core.simmerge.behaviour import Behaviour
-from merge_core.simmerge.chains import OPERATORS
+from merge_core.simmerge.chains import OPERATORS, Chain
 from merge_core.simmerge.features import GROUP_OF, NAMES
 from merge_core.simmerge.fingerprint import Fingerprint
 from merge_core.simmerge.forecast import Forecast
@@ -62,6 +62,8 @@ SETTINGS = Training(steps=400, batch=128)
 """What a predictor is trained with; chosen on the tuning seeds."""
 REPLICATES = 1_000
 BASELINES = ("random", "always_task_arithmetic", "merge_and_evaluate_2", "merge_and_evaluate_3")
+STRANGERS, FEW_ITEMS = 30, 128
+"""Pairs that are merged to see what they make of tasks that neither knows, and items of each task."""
 DIVISIONS = 6
 """How often the experts are divided into groups of GROUP, to be on trial together."""
 GROUP = 4
@@ -168,7 +170,8 @@ def main() -> None:
     with one_thread_each():
         tuning = opened(arguments.directory, [s for s in TUNING if s not in arguments.seeds], chains=False)
         if arguments.write:
-            arguments.write.write_bytes(shipped(tuning).to_bytes())
+            away = [strangers(world, arguments.directory) for world in tuning]
+            arguments.write.write_bytes(shipped(tuning, away).to_bytes())
             print(arguments.write)
             return
         worlds = opened(arguments.directory, arguments.seeds, chains=True)
@@ -248,15 +251,38 @@ def trained(worlds: Sequence[World], trials: Sequence[Sequence[str]], features: 
     )
 
 
-def shipped(worlds: Sequence[World]) -> Predictor:
-    """One that also knows what to make of pairs of which less is known."""
+def strangers(world: World, root: Path) -> Cells:
+    """Cells of a sample of pairs at the domains that neither of the two was trained on."""
+    pairs = random.Random("weft strangers").sample(range(len(world.pairs)), STRANGERS)
+    catalogue = open_catalogue(root / f"seed-{world.seed}" / "catalogue", seed=world.seed)
+    chains = [Chain(experts=world.pairs[pair], operators=(o,)) for pair in pairs for o in OPERATORS]
+    measured = measure_chains(catalogue, chains, everywhere=True, limit=FEW_ITEMS)
+    rows, utility = [], []
+    for number, pair in enumerate(pairs):
+        told = measured[number * len(OPERATORS) : (number + 1) * len(OPERATORS)]
+        a, b = (world.names.index(name) for name in world.pairs[pair])
+        for t, task in enumerate(world.survey.tasks):
+            if task not in world.tasks[pair]:
+                marks = [each.right["labels"][task] for each in told]
+                rows += [(a, b, t), (b, a, t)]
+                utility += [[mark.count("1") / len(mark) for mark in marks]] * 2
+    at = tuple(np.array(rows).T)
+    return Cells(
+        values=world.survey.values[at],
+        missing=world.survey.missing[at],
+        utility=np.array(utility, np.float32),
+    )
+
+
+def shipped(worlds: Sequence[World], away: Sequence[Cells]) -> Predictor:
+    """One that also knows what to make of pairs of which less is known, and of tasks new to both."""
     named = np.array(GROUP_OF)
     scores = named == "dev_scores"
     losses = scores | (named == "probe_loss")
     unread, baseless = (absent(worlds[0], base=base) for base in (True, False))
     hidden = [np.zeros(len(NAMES), bool), scores, losses, losses | unread, losses | baseless]
     return train(
-        joined([world.cells for world in worlds]),
+        joined([*(world.cells for world in worlds), *away]),
         names=NAMES,
         operators=OPERATORS,
         provenance={
