@@ -135,10 +135,20 @@ def measured(a: Observation, b: Observation, base: Observation | None = None) ->
         a=of_a,
         b=_model(b, base),
         base=np.full_like(of_a, np.nan) if base is None else _model(base, base),
-        layers=layer_statistics(
-            (_flat(a.hidden), _flat(b.hidden), None if base is None else _flat(base.hidden)),
-            (_flat(a.attention), _flat(b.attention)),
-        ),
+        layers=_layers(a, b, base),
+    )
+
+
+def _layers(a: Observation, b: Observation, base: Observation | None) -> LayerStatistics:
+    origin = None if base is None else _flat(base.hidden)
+    hidden = compared(Stack.of(_flat(a.hidden), origin), Stack.of(_flat(b.hidden), origin))
+    looks = compared(Stack.of(_flat(a.attention), None), Stack.of(_flat(b.attention), None))
+    return LayerStatistics(
+        hidden_cosine=hidden[0],
+        hidden_task_cosine=hidden[1],
+        hidden_shift_a=hidden[2],
+        hidden_shift_b=hidden[3],
+        attention_cosine=looks[0],
     )
 
 
@@ -235,33 +245,48 @@ def counts(task: npt.NDArray[np.uint8], tasks: int) -> npt.NDArray[np.int64]:
     return np.bincount(task, minlength=tasks)
 
 
-def layer_statistics(
-    hidden: tuple[Floats, Floats, Floats | None], attention: tuple[Floats, Floats]
-) -> LayerStatistics:
-    """Of a [L, w], b [..., L, w] and the base; all of the same layers."""
-    a, b, base = hidden
-    unknown = np.full(b.shape[:-1], np.nan, np.float32)
-    task_cosine, shift_a, shift_b = unknown, unknown, unknown
-    if base is not None:
-        size = _length(base)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            shift_a = np.broadcast_to(_length(a - base) / size, unknown.shape)
-            shift_b = _length(b - base) / size
-        task_cosine = _cosine(a - base, b - base)
-    return LayerStatistics(
-        hidden_cosine=_cosine(a, b),
-        hidden_task_cosine=task_cosine,
-        hidden_shift_a=shift_a,
-        hidden_shift_b=shift_b,
-        attention_cosine=_cosine(*attention),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stack:
+    """Vectors [..., L, w] of some models by layer, and what each is from the base's, with their lengths."""
+
+    vectors: Floats
+    lengths: Floats
+    changes: Floats | None
+    changed: Floats
+    """[..., L]: lengths of `changes`; NaN without a base."""
+    base: Floats
+    """[L]: lengths of the base's vectors."""
+
+    @classmethod
+    def of(cls, vectors: Floats, base: Floats | None) -> Stack:
+        """Measure vectors; `base` is [L, w]."""
+        lengths = _length(vectors)
+        changes = None if base is None else vectors - base
+        return cls(
+            vectors=vectors,
+            lengths=lengths,
+            changes=changes,
+            changed=np.full_like(lengths, np.nan) if changes is None else _length(changes),
+            base=np.full_like(lengths, np.nan) if base is None else _length(base),
+        )
 
 
-def _cosine(a: Floats, b: Floats) -> Floats:
-    """Of the last axis; NaN beside a vector of zeros."""
+def compared(a: Stack, b: Stack) -> list[Floats]:
+    """One model a beside b [..., L]: the cosine, that of the changes, and how large both changes are.
+
+    NaN beside a vector of zeros, and without a base.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = np.einsum("...w,...w->...", a, b) / (_length(a) * _length(b))
-    return np.asarray(cosine, np.float32).clip(-1.0, 1.0)
+        cosine = _dot(a.vectors, b.vectors) / (a.lengths * b.lengths)
+        changes = np.full_like(cosine, np.nan)
+        if a.changes is not None and b.changes is not None:
+            changes = _dot(a.changes, b.changes) / (a.changed * b.changed)
+        shifts = np.broadcast_to(a.changed / a.base, cosine.shape), b.changed / b.base
+    return [cosine.clip(-1.0, 1.0), changes.clip(-1.0, 1.0), *shifts]
+
+
+def _dot(a: Floats, b: Floats) -> Floats:
+    return np.asarray(np.einsum("lw,...lw->...l", a, b, optimize=False), np.float32)
 
 
 def _length(a: Floats) -> Floats:

@@ -39,13 +39,16 @@ else:
     _kernel = numba.njit(**_HOW)
     _parallel = numba.njit(**_HOW, parallel=True)
 
-_N = 32
-"""Lanes: three lists, and one for all other tokens."""
-assert 3 * TOP < _N
+_N, _K = 32, TOP
+"""Lanes, one for all other tokens beside three lists, the base's in front; and how long a list is."""
+assert 3 * _K < _N
 # Where each row of lanes begins, in one array: logarithms and probabilities of a, b and the base, how many
 # tokens a lane stands for, and what is worked out.
 _LA, _LB, _LZ, _PA, _PB, _PZ, _W, _MEAN, _SUM = (_N * row for row in range(9))
 _ROWS = 9 * _N
+
+_TILE = 64
+"""Positions that are written at once: what is known of each lies far apart in the end."""
 
 _TINY, _ZERO, _HALF, _ONE, _TWO, _THREE = map(np.float32, (1e-37, 0, 0.5, 1, 2, 3))
 _F3, _F5, _F7, _F9, _F11, _F13, _F15 = (np.float32(1 / n) for n in range(3, 16, 2))
@@ -54,28 +57,34 @@ Array = npt.NDArray[Any]
 
 
 class _Base(NamedTuple):
-    """The base's lists [P, K], K = 0 without a base; logarithms and probabilities are float32."""
+    """What the base lists: [P, TOP], of which there are `listed`, 0 without a base."""
 
+    listed: int
     ids: Array
-    listed: Array
-    listed_mass: Array
+    log: Array
+    mass: Array
     share: Array
     share_mass: Array
 
     @classmethod
     def of(cls, base: Top | None, positions: int) -> _Base:
-        ids = np.zeros((positions, 0), np.uint32) if base is None else base.ids
-        listed = np.zeros(ids.shape, np.float32) if base is None else base.logp.astype(np.float32)
-        share = np.zeros(positions, np.float32) if base is None else base.share.astype(np.float32)
-        return cls(ids, listed, np.exp(listed), share, np.exp(share))
+        ids, log = np.zeros((positions, _K), np.uint32), np.zeros((positions, _K), np.float32)
+        share = np.zeros(positions, np.float32)
+        listed = 0 if base is None else base.ids.shape[1]
+        if base is not None:
+            ids[:, :listed], log[:, :listed], share = base.ids, base.logp, base.share.astype(np.float32)
+        return cls(listed, ids, log, np.exp(log), share, np.exp(share))
 
 
 class _Models(NamedTuple):
     """Lists of N models beside the base's, [N, P, …]: their values for what the base lists (`listed`), for
-    tokens that only they list (`own` of `ids`, `owned` of them), and for all others; `best` is the likeliest.
+    tokens that only they list (`own` of `ids`, `owned` of them), and for all others.
+
+    `best` is the likeliest token, `best_at` its place in the base's list, or TOP and that in their own.
     """
 
     best: Array
+    best_at: Array
     owned: Array
     ids: Array
     own: Array
@@ -87,15 +96,14 @@ class _Models(NamedTuple):
 
     @classmethod
     def of(cls, many: Sequence[Top], base: _Base) -> _Models:
-        shape = (len(many), *many[0].ids.shape)
-        owned, ids = np.zeros(shape[:2], np.int64), np.zeros(shape, np.uint32)
-        own = np.zeros(shape, np.float32)
-        listed = np.zeros((*shape[:2], base.ids.shape[1]), np.float32)
+        shape = (len(many), len(base.ids), _K)
+        best_at, owned = np.zeros(shape[:2], np.int64), np.zeros(shape[:2], np.int64)
+        ids, own, listed = (np.zeros(shape, kind) for kind in (np.uint32, np.float32, np.float32))
         share = np.stack([one.share for one in many]).astype(np.float32)
         for n, one in enumerate(many):
-            _sort(one.ids, one.logp, share[n], base.ids, owned[n], ids[n], own[n], listed[n])
+            _sort(one.ids, one.logp, share[n], base, best_at[n], owned[n], ids[n], own[n], listed[n])
         best = np.stack([one.ids[:, 0] for one in many])
-        return cls(best, owned, ids, own, np.exp(own), listed, np.exp(listed), share, np.exp(share))
+        return cls(best, best_at, owned, ids, own, np.exp(own), listed, np.exp(listed), share, np.exp(share))
 
 
 def compare(many: Sequence[Top], base: Top | None) -> Callable[[Top], Floats]:
@@ -121,26 +129,28 @@ def _sort(
     ids: Array,
     logp: Array,
     share: Array,
-    base_ids: Array,
-    count: Array,
+    base: _Base,
+    best_at: Array,
+    owned: Array,
     own_ids: Array,
     own: Array,
     listed: Array,
 ) -> None:
     """Tell apart what the base lists and what it does not, position by position."""
     for p in range(ids.shape[0]):
-        for j in range(base_ids.shape[1]):
+        for j in range(base.listed):
             listed[p, j] = share[p]
         for i in range(ids.shape[1]):
-            mine = True
-            for j in range(base_ids.shape[1]):
-                if base_ids[p, j] == ids[p, i]:
-                    listed[p, j] = logp[p, i]
-                    mine = False
-            if mine:
-                own_ids[p, count[p]] = ids[p, i]
-                own[p, count[p]] = logp[p, i]
-                count[p] += 1
+            at = -1
+            for j in range(base.listed):
+                at = j if base.ids[p, j] == ids[p, i] else at
+            if at >= 0:
+                listed[p, at] = logp[p, i]
+            else:
+                at = _K + owned[p]
+                own_ids[p, owned[p]], own[p, owned[p]] = ids[p, i], logp[p, i]
+                owned[p] += 1
+            best_at[p] = at if i == 0 else best_at[p]
 
 
 @_parallel
@@ -149,13 +159,16 @@ def _against(a: _Models, b: _Models, base: _Base, vocabulary: np.float32, found:
     for n in numba.prange(found.shape[0]):
         rows = np.zeros(_ROWS, np.float32)
         rows[_PZ : _PZ + _N] = 1
-        told = np.empty(found.shape[1], np.float32)
-        for p in range(found.shape[2]):
-            first, second = _gather(a, b, base, n, p, vocabulary, rows)
-            _add(rows, first, second, told)
-            told[3] = 1 if a.best[0, p] == b.best[n, p] else 0
+        told = np.empty((_TILE, found.shape[1]), np.float32)
+        for begin in range(0, found.shape[2], _TILE):
+            size = min(_TILE, found.shape[2] - begin)
+            for i in range(size):
+                first, second = _gather(a, b, base, n, begin + i, vocabulary, rows)
+                _add(rows, first, second, told[i])
+                told[i, 3] = 1 if a.best[0, begin + i] == b.best[n, begin + i] else 0
             for m in range(found.shape[1]):
-                found[n, m, p] = told[m]
+                for i in range(size):
+                    found[n, m, begin + i] = told[i, m]
 
 
 @_kernel
@@ -163,39 +176,34 @@ def _gather(
     a: _Models, b: _Models, base: _Base, n: int, p: int, vocabulary: np.float32, rows: Array
 ) -> tuple[int, int]:
     """Fill the lanes for one position; returns those of a's and of b's likeliest token."""
-    listed = base.ids.shape[1]
-    first = second = 0
-    for i in range(listed):
+    for i in range(_K):
         rows[_LA + i], rows[_PA + i] = a.listed[0, p, i], a.listed_mass[0, p, i]
+    for i in range(_K):
         rows[_LB + i], rows[_PB + i] = b.listed[n, p, i], b.listed_mass[n, p, i]
-        rows[_LZ + i], rows[_PZ + i] = base.listed[p, i], base.listed_mass[p, i]
-    for i in range(listed):
-        first = i if base.ids[p, i] == a.best[0, p] else first
-        second = i if base.ids[p, i] == b.best[n, p] else second
-    count = b.owned[n, p]
-    for i in range(count):
-        at = listed + i
-        rows[_LB + at], rows[_PB + at] = b.own[n, p, i], b.own_mass[n, p, i]
-        rows[_LA + at], rows[_PA + at] = a.share[0, p], a.share_mass[0, p]
-        second = at if b.ids[n, p, i] == b.best[n, p] else second
-    size = listed + count
+    for i in range(_K):
+        rows[_LZ + i], rows[_PZ + i] = base.log[p, i], base.mass[p, i]
+    for i in range(_K):
+        rows[_LB + _K + i], rows[_PB + _K + i] = b.own[n, p, i], b.own_mass[n, p, i]
+    for i in range(_K, _N):
+        rows[_LA + i], rows[_PA + i] = a.share[0, p], a.share_mass[0, p]
+        rows[_LZ + i], rows[_PZ + i] = base.share[p], base.share_mass[p]
+    owned = b.owned[n, p]
+    size = _K + owned
+    first = a.best_at[0, p]
     for i in range(a.owned[0, p]):
         at = size
-        for j in range(count):
-            at = listed + j if b.ids[n, p, j] == a.ids[0, p, i] else at
+        for j in range(owned):
+            at = _K + j if b.ids[n, p, j] == a.ids[0, p, i] else at
         rows[_LA + at], rows[_PA + at] = a.own[0, p, i], a.own_mass[0, p, i]
-        first = at if a.ids[0, p, i] == a.best[0, p] else first
-        if at == size:
-            rows[_LB + at], rows[_PB + at] = b.share[n, p], b.share_mass[n, p]
-            size += 1
+        rows[_LB + size], rows[_PB + size] = b.share[n, p], b.share_mass[n, p]
+        first = at if a.best_at[0, p] == _K + i else first
+        size += 1 if at == size else 0
     rows[_LA + size], rows[_PA + size] = a.share[0, p], a.share_mass[0, p]
     rows[_LB + size], rows[_PB + size] = b.share[n, p], b.share_mass[n, p]
-    for i in range(listed, size + 1):
-        rows[_LZ + i], rows[_PZ + i] = base.share[p], base.share_mass[p]
     for i in range(_N):
-        rows[_W + i] = 1 if i < size else 0
-    rows[_W + size] = vocabulary - size
-    return first, second
+        rows[_W + i] = 1 if i < base.listed or _K <= i < size else 0
+    rows[_W + size] = vocabulary - (base.listed + size - _K)
+    return first, b.best_at[n, p]
 
 
 @_kernel

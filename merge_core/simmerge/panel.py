@@ -26,8 +26,9 @@ from merge_core.simmerge.divergence import (
     Floats,
     FunctionalStatistics,
     LayerStatistics,
+    Stack,
+    compared,
     counts,
-    layer_statistics,
     model_measures,
     nothing,
     pair_measures,
@@ -133,13 +134,18 @@ class Panel:
         return None if self.base is None else self.measure([self.base])[0]
 
     @cached_property
-    def stacks(self) -> dict[tuple[str, tuple[int, ...]], tuple[npt.NDArray[np.int64], Floats]]:
+    def stacks(self) -> dict[tuple[str, tuple[int, ...]], tuple[npt.NDArray[np.int64], Stack]]:
         """By name and shape of a sketch: indices of models that have such a one, and the sketches."""
         groups: dict[tuple[str, tuple[int, ...]], dict[int, Floats]] = {}
         for index, one in enumerate(self.behaviours):
             for name, sketch in () if one is None else (("hidden", states(one)), ("attention", maps(one))):
                 groups.setdefault((name, sketch.shape), {})[index] = sketch
-        return {key: (np.array(list(found)), np.stack(list(found.values()))) for key, found in groups.items()}
+        origin = None if self.base is None else states(self.base)
+        found = {}
+        for key, sketches in groups.items():
+            of_base = origin if key[0] == "hidden" and origin is not None and origin.shape == key[1] else None
+            found[key] = (np.array(list(sketches)), Stack.of(np.stack(list(sketches.values())), of_base))
+        return found
 
     def rows(self, behaviour: Behaviour) -> npt.NDArray[np.int64]:
         """The positions that pairs are compared at."""
@@ -184,6 +190,8 @@ class Panel:
 
     def spread(self, found: Floats) -> Floats:
         """[known, …] to [N, …], NaN for the others."""
+        if len(found) == len(self.behaviours):
+            return found
         whole = np.full((len(self.behaviours), *found.shape[1:]), np.nan, np.float32)
         whole[self.known] = found
         return whole
@@ -208,26 +216,24 @@ def estimated(a: Behaviour | None, panel: Panel) -> FunctionalStatistics:
 
 def _layers(a: Behaviour, panel: Panel) -> LayerStatistics:
     """NaN for models of other layers than a's."""
-    mine, looks = states(a), maps(a)
-    none = np.zeros(0, np.int64)
-    alike, theirs = panel.stacks.get(("hidden", mine.shape), (none, np.zeros((0, *mine.shape), np.float32)))
-    seen, told = panel.stacks.get(("attention", looks.shape), (none, np.zeros((0, *looks.shape), np.float32)))
-    base = None if panel.base is None else states(panel.base)
-    found = layer_statistics(
-        (mine, theirs, base if base is not None and base.shape == mine.shape else None), (looks, told)
-    )
-
-    def whole(values: Floats, indices: npt.NDArray[np.int64]) -> Floats:
-        spread = np.full((len(panel.behaviours), *values.shape[1:]), np.nan, np.float32)
-        spread[indices] = values
-        return spread
-
+    count = len(panel.behaviours)
+    found = []
+    for name, sketch in (("hidden", states(a)), ("attention", maps(a))):
+        of_base = None if panel.base is None or name == "attention" else states(panel.base)
+        of_base = of_base if of_base is not None and of_base.shape == sketch.shape else None
+        mine = Stack.of(sketch, of_base)
+        indices, theirs = panel.stacks.get((name, sketch.shape), (np.zeros(0, np.int64), None))
+        told = np.full((4, count, len(sketch)), np.nan, np.float32)
+        if theirs is not None:
+            told[:, indices] = compared(mine, theirs)
+        found.append(told)
+    hidden, attention = found
     return LayerStatistics(
-        hidden_cosine=whole(found.hidden_cosine, alike),
-        hidden_task_cosine=whole(found.hidden_task_cosine, alike),
-        hidden_shift_a=whole(found.hidden_shift_a, alike),
-        hidden_shift_b=whole(found.hidden_shift_b, alike),
-        attention_cosine=whole(found.attention_cosine, seen),
+        hidden_cosine=hidden[0],
+        hidden_task_cosine=hidden[1],
+        hidden_shift_a=hidden[2],
+        hidden_shift_b=hidden[3],
+        attention_cosine=attention[0],
     )
 
 

@@ -74,3 +74,12 @@ def test_the_zoo_set_is_the_one_that_the_zoo_makes_and_tells_no_answers() -> Non
         domain = DOMAINS[probe.task]
         item = next(i for i in items(domain, "features") if domain.question(i) == probe.prompt)
         assert probe.text == item.prompt[:6]
+
+
+def test_the_general_set_is_many_kinds_of_text_that_reach_512_tokens() -> None:
+    found = probes.find("general")
+    texts = [probe.text for probe in found.probes]
+    assert {"maths", "code", "law", "medicine", "dialogue"} < set(found.tasks) and len(found.tasks) >= 10
+    assert len(set(texts)) == len(texts) and not any(probe.prompt for probe in found.probes)
+    # Seven characters a token is more than tokenizers of today reach on such text.
+    assert 512 * 7 < sum(map(len, texts)) < 6000
