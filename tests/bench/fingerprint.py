@@ -8,7 +8,8 @@ groups that a fingerprint does not hold whole (a larger model has no others); `e
 and what features read. `kl_rank_correlation` is Spearman's, the mean over the features that are made of
 Kullback-Leibler divergences. Costs: a fingerprint of a Llama of 7 B by its shapes; sketching beside hashing
 and reading the same bytes, in turns, medians; feature vectors of ordered pairs of fingerprints of that shape;
-partners by minis. One thread. The story goes to stderr; the last line of stdout is one JSON object.
+partners by minis. All are CPU seconds of one thread, which others on the machine hardly show in. The story
+goes to stderr; the last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -231,14 +232,14 @@ def _read(checkpoint: Checkpoint) -> None:
 
 
 def alternately(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each, in turns; the first round of all is not counted."""
+    """The median CPU seconds of each, in turns; the first round of all is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         for name, arm in arms.items():
-            started = time.perf_counter()
+            started = time.process_time()
             arm()
             if number:
-                taken[name].append(time.perf_counter() - started)
+                taken[name].append(time.process_time() - started)
     return {name: median(seconds) for name, seconds in taken.items()}
 
 
