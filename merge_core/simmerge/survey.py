@@ -73,6 +73,5 @@ def _panels(
 ) -> dict[tuple[Digest, str], Panel]:
     """For each way in which models were asked, and each task."""
     keys = {behaviour.key for behaviour in behaviours if behaviour is not None}
-    return {
-        (key, task): Panel.of(behaviours, base, key=key, task=task, how=how) for key in keys for task in tasks
-    }
+    whole = {key: Panel.of(behaviours, base, key=key, how=how) for key in keys}
+    return {(key, task): panel.at(task) for key, panel in whole.items() for task in tasks}
