@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from merge_core.errors import CorruptCheckpoint
-from merge_core.simmerge.predictor import MAX_WIDE, UNIT, Layer, Predictor
+from merge_core.simmerge import chains, features, probes
+from merge_core.simmerge.predictor import MAX_WIDE, UNIT, Layer, Predictor, default
 from merge_core.simmerge.training import FEW, Cells, Training, train, train_folds
 
 NAMES = ("cosine", "kl", "noise", "score")
@@ -137,3 +138,13 @@ def test_what_machines_settle_on_is_the_prediction_in_whole_numbers_however_many
         assert (alone.embedding == settled.embedding[row]).all() and (
             alone.utility == settled.utility[row]
         ).all()
+
+
+def test_the_predictor_that_ships_reads_the_features_of_today_and_says_where_it_comes_from() -> None:
+    shipped = default()
+    assert shipped.names == features.NAMES and shipped.operators == chains.OPERATORS
+    assert shipped.provenance["catalogue"] == [10, 11] and len(shipped.provenance["models"]) == 40
+    assert shipped.provenance["probes"] == probes.find("zoo").digest
+    nothing = np.ones(len(shipped.names), bool)
+    told = shipped.predict(np.zeros(len(shipped.names)), nothing)
+    assert (told.utility > 0).all() and (told.utility < 1).all()
