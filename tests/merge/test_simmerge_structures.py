@@ -105,7 +105,8 @@ def test_estimates_come_near_what_is_measured(held: Hold) -> None:
 
 
 def test_a_group_that_lies_in_a_structure_whole_is_not_estimated(held: Hold) -> None:
-    base, (a, b) = family(2, seed=3, shared=0.02)
+    base, (a, near) = family(2, seed=3, shared=0.02)
+    b = {name: array * np.float32(1.5) for name, array in near.items()}
     exact, told = both(a, b, base, held)
     at = column(-1, "norm")
     for name in FIELDS[:-1]:
@@ -149,17 +150,19 @@ def test_what_cannot_be_known_is_said_to_be_missing(exact: bool, held: Hold) -> 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_coordinates_that_nobody_moved_neither_agree_nor_collide(exact: bool, held: Hold) -> None:
-    """Both move one row in a hundred, the same one, in opposite directions."""
+    """Both move one row early on, the same one, in opposite directions; later each one of its own."""
     base = drawn(11)
     a, b = ({name: array.copy() for name, array in base.items()} for _ in range(2))
-    for layer in range(3):
+    for layer, row in ((0, 5), (1, 6)):
         a[MLP.format(layer)][5] += np.float32(0.5)
-        b[MLP.format(layer)][5] -= np.float32(0.5)
+        b[MLP.format(layer)][row] -= np.float32(0.5)
     found = both(a, b, base, held)[0 if exact else 1]
     at = column(0, "mlp")
     assert found.sign_agreement[at] == 0.0
     assert found.overlap[at] == 1.0
-    assert np.isnan(found.sign_agreement[column(0, "attn")])
+    apart, still = column(1, "mlp"), column(0, "attn")
+    assert found.overlap[apart] == 0.0 and np.isnan(found.sign_agreement[apart])
+    assert np.isnan(found.overlap[still]) and np.isnan(found.sign_agreement[still])
     assert found.task_cosine[at] == pytest.approx(-1, abs=1e-4)
 
 
