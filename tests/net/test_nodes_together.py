@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import secrets
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +24,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from merge_core.evolution.genome import Shape
+from merge_core.evolution.record import SearchRecord
 from node import app, config
 from node.cli import follow, main
 from node.config import Config
@@ -31,6 +36,7 @@ from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.domain.ticket import Ticket
 from node.home import Home
+from node.merging.evolve import Search
 from node.provenance import audit
 
 T = TypeVar("T")
@@ -404,6 +410,152 @@ def test_a_node_that_is_stopped_or_killed_in_a_merge_takes_it_up_at_the_next_sta
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+# -- searches ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seekers:
+    """Alice shares a base and an expert, Bob holds another one and seeks; `desk` is where he works."""
+
+    alice: Node
+    bob: Node
+    desk: Path
+
+    def search(self, **more: Any) -> Search:
+        sought = (str(self.desk / "words.jsonl"),)
+        return Search(tasks=sought, shape=Shape(), processes=1, **more)
+
+    @property
+    def recipe(self) -> str:
+        """Two by their names in the catalogue, one by where it lies."""
+        return recipe(base="base", math="math", code=self.desk / "code")
+
+    def started(self, target: Path, **more: Any) -> Data:
+        """A search job, begun."""
+        search = self.search(**more)
+        asked = {**search.to_json(), "processes": search.processes}
+        return self.bob.ask(lambda node: node.start_evolve(self.recipe, target, asked))
+
+    def seen(self, job: Data, generation: int) -> None:
+        """Watch a search until it has told of a generation."""
+        with follow.running_node(self.bob.home) as node:
+            assert any(now.generation.number >= generation for now in node.watch(job["id"]))
+
+
+@pytest.fixture
+def seekers(llamas: Callable[[Path], None], tmp_path: Path) -> Iterator[Seekers]:
+    """Two nodes in a network of their own, with models that can be run."""
+    apart = World(folder=tmp_path / "nodes", network=f"test-{secrets.token_hex(4)}", alice=None, bob=None)  # type: ignore[arg-type]
+    alice, bob, desk = apart.node("alice"), apart.node("bob"), tmp_path / "desk"
+    llamas(desk)
+    draw = random.Random(0)
+    words = ["".join(draw.choice("abcdefgh") for _ in range(5)) for _ in range(40)]
+    lines = (json.dumps({"prompt": f"{word}=", "answer": word[::-1]}) + "\n" for word in words)
+    (desk / "words.jsonl").write_text("".join(lines))
+    _share(alice, desk, "base", "math")
+    try:
+        for node in (alice, bob):
+            node.up()
+        app.join(bob.home, alice.ticket())
+        bob.knows("base", "math")
+        yield Seekers(alice=alice, bob=bob, desk=desk)
+    finally:
+        for node in (alice, bob):
+            _end(node.home)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_with_what_a_peer_holds_survives_kill_9_and_ends_as_one_in_the_foreground(
+    seekers: Seekers,
+) -> None:
+    desk, bob, target = seekers.desk, seekers.bob, seekers.desk / "found"
+    (desk / "here.yml").write_text(recipe(**{name: desk / name for name in ("base", "math", "code")}))
+    here = app.evolve_here(
+        Home(desk / "nobody"),
+        app.read_recipe(desk / "here.yml"),
+        desk / "here",
+        seekers.search(budget=480),
+        resume=False,
+        on_view=lambda view: None,
+    )
+
+    pid = bob.ask(lambda node: node.status())["pid"]
+    job = seekers.started(target, budget=480)
+    seekers.seen(job, 2)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: session(pid) == [] and not app.node_runs(bob.home))
+    journal = desk / ".found.weft-search" / "journal"
+    left = journal.read_bytes()
+    assert left.count(b"\n") > 12 and not target.exists()
+
+    bob.up()
+    until(lambda: bob.ask(lambda node: node.status())["peers"])
+    seekers.seen(job, 2)
+    assert journal.read_bytes().startswith(left), "it goes on where it was"
+    done = bob.do(lambda node: next(node.watch(job["id"])))
+    records = [
+        SearchRecord.parse((path / "weft.search.json").read_bytes()) for path in (desk / "here", target)
+    ]
+    assert done["kind"] == "evolve" and done["model_id"] == here["model_id"]
+    assert records[0] == records[1] and records[0].evaluated > 400
+    assert done["search"] == here["search"]
+    assert [path.name for path in desk.glob(".*")] == []
+
+    # What it fetched was agreed on twice: for the merge it began with, and for the one that it found.
+    assert [len(item["models"]) for item in done["agreements"]] == [2, 2]
+    assert done["transfers"][0]["peer_id"] == seekers.alice.peer_id
+    report = app.verify(target, None)
+    (agreed,) = (check.detail for check in report.checks if check.name == "agreements")
+    assert report.ok and agreed == "1 signed by both sides, for 2 of 3 parents"
+    assert not bob.home.parents.exists() or list(bob.home.parents.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_is_settled_cancelled_and_resumed(seekers: Seekers, weft: Weft) -> None:
+    bob, desk = seekers.bob, seekers.desk
+    (desk / "recipe.yml").write_text(seekers.recipe)
+    words = ("evolve", desk / "recipe.yml", "-o", desk / "found", "--tasks", desk / "words.jsonl")
+    many = (*words, "--budget", 100_000, "--processes", 1)
+    job = seekers.started(desk / "found", budget=100_000)
+    assert "exists" in failed(weft, bob, *words, "-o", desk / "code")["why"]
+    seekers.seen(job, 1)
+    assert "lies here" in failed(weft, bob, *many)["why"]
+    assert "is running" in failed(weft, bob, *many, "--resume")["why"]
+    assert weft(bob, "jobs", "cancel", job["id"])[1]["data"]["state"] == "cancelled"
+    assert "no search that goes on" in failed(weft, bob, "jobs", "settle", job["id"])["why"]
+    assert "has another budget" in failed(weft, bob, *words, "--resume")["why"]
+
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", INTERRUPTIBLE, *map(str, many), "--resume"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "WEFT_HOME": str(bob.home.root)},
+        start_new_session=True,
+    )
+    assert child.stdout is not None and child.stderr is not None
+    assert any(line.startswith("generation 2") for line in child.stderr)
+    child.send_signal(signal.SIGINT)
+    told, printed = child.stderr.read(), child.stdout.read()
+    assert child.wait() == 0, told
+    assert "stopping: the best so far is merged" in told and "0 of 100000 candidates" not in told
+    report = app.verify(desk / "found", None)
+    assert report.ok and report.model_id == printed.strip()
+    (ended,) = follow.ask_all(bob.home, lambda node: node.jobs())
+    assert (ended["id"], ended["state"]) == (job["id"], "succeeded")
+    assert ended["search"]["generations"] >= 2
+    assert [path.name for path in desk.glob(".*")] == []
+
+
+INTERRUPTIBLE = """
+import signal
+from node.cli.main import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+main()
+"""
 Weft = Callable[..., tuple[int, Data, str]]
 STRANGER = PeerId("12D3KooWRBhwfeP2Y4TCx1SM6s9rUoHhR5STiGwxBhgFRcw3UERE")
 
