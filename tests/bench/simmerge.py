@@ -233,8 +233,12 @@ def columns_of(features: str) -> Integers:
 
 
 def trained(worlds: Sequence[World], trials: Sequence[Sequence[str]], features: str) -> list[Predictor]:
-    """A predictor for each trial, of everything that no expert on trial has a part in."""
+    """A predictor for each trial, of everything that no expert on trial has a part in.
+
+    One that reads scores learns to do without them too: those of merges within chains are not known.
+    """
     columns = columns_of(features)
+    scores = tuple(i for i, column in enumerate(columns) if GROUP_OF[column] == "dev_scores")
     cells = joined([world.cells for world in worlds])
     offsets = np.cumsum([0, *(len(world.cells) for world in worlds)])
     folds = [
@@ -247,6 +251,7 @@ def trained(worlds: Sequence[World], trials: Sequence[Sequence[str]], features: 
         names=[NAMES[column] for column in columns],
         operators=OPERATORS,
         provenance={"seeds": [world.seed for world in worlds]},
+        hidden=((), scores) if scores else ((),),
         settings=SETTINGS,
     )
 

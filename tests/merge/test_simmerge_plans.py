@@ -183,7 +183,7 @@ def test_reasons_say_which_feature_made_the_lead(
     assert effects["kl"] == 0.0
 
 
-def test_scores_of_experts_reach_the_first_step_and_predictions_the_next(
+def test_scores_of_experts_count_and_those_of_merges_are_missing(
     base: Fingerprint, experts: Mapping[str, Fingerprint]
 ) -> None:
     told = predictor({"linear": {"1": 0.25, "score_a": 0.25}})
@@ -192,7 +192,7 @@ def test_scores_of_experts_reach_the_first_step_and_predictions_the_next(
     first = forecast.scored(Chain(experts=("rev", "sort"), operators=("linear",))).utility
     assert first == pytest.approx(0.25 + 0.25 * 0.8)
     last = forecast.scored(Chain(experts=("rev", "sort", "brk"), operators=("linear", "linear"))).utility
-    assert last == pytest.approx((first + 0.25 + 0.25 * (first + 0.2) / 2) / 2)
+    assert last == pytest.approx((first + 0.25 + 0.25 * (0.0 + 0.2) / 2) / 2)
 
 
 def test_of_many_experts_only_the_best_beginnings_are_followed(
