@@ -366,7 +366,7 @@ MINE = mini(1, DRAWN[0] + 0.1 * DRAWN[1])
 def test_partners_of_one_base_with_task_vectors_of_their_own_come_first() -> None:
     twin = mini(2, DRAWN[0] + 0.1 * DRAWN[1] + 0.01 * DRAWN[2])
     apart = mini(3, DRAWN[0] + 0.1 * (DRAWN[3] - DRAWN[3] @ DRAWN[1] / (DRAWN[1] @ DRAWN[1]) * DRAWN[1]))
-    stranger = mini(4, DRAWN[4])
+    stranger = mini(4, DRAWN[4] + 0.6 * DRAWN[0])
     smaller = mini(5, DRAWN[5], shapes=sha256(b"others"), behaviour=MINE.behaviour)
     deaf = mini(6, DRAWN[5], shapes=sha256(b"others"), questions=None)
     found = Index([deaf, smaller, stranger, twin, apart, MINE, BASE, apart]).partners(MINE, 10, base=BASE)
