@@ -118,6 +118,14 @@ def test_what_was_measured_of_other_chains_is_not_taken_for_these(small: Catalog
     )
 
 
+def test_a_merge_can_be_asked_for_what_none_of_its_experts_was_trained_on(small: Catalogue) -> None:
+    pair = Chain(experts=("rev", "sort"), operators=("task_arithmetic",))
+    (home,), (away,) = (measure_chains(small, [pair], limit=LIMIT, everywhere=e) for e in (False, True))
+    assert {*home.right["final"]} == {"rev", "sort"} and {*away.right["final"]} == {"rev", "sort", "brk"}
+    assert home.right["final"]["rev"] == away.right["final"]["rev"]
+    assert utility({"brk": away.right["final"]["brk"]}) < utility(home.right["final"])
+
+
 def test_the_sample_of_chains_holds_every_operator_alone_and_no_chain_twice() -> None:
     names = tuple(RECIPES["catalogue"].experts)
     found = sampled(names)
