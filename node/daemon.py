@@ -250,7 +250,7 @@ def _told(
     store: Store, kind: Kind[T], settings: Config, identity: Identity, network: Network, clock: Clock
 ) -> RecordGossip[T]:
     """The records of one kind, told and heard from now on."""
-    book = RecordBook(store, kind, network=settings.network)
+    book = RecordBook(store, kind, network=settings.network, me=identity.peer_id)
     gossip = RecordGossip(network, book, identity.host, clock=clock)
     gossip.start()
     return gossip

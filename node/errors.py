@@ -11,6 +11,7 @@
     │   └── Interrupted
     └── VerificationFailed   the bytes or signatures are not what they claim
         └── FalseFingerprint   a publisher signed the fingerprint of other weights
+            └── KnownFalse
 
 `why` is one line for the human, `hint` the next command to run, `exit_code` what the CLI ends with.
 Errors of merge_core (InvalidRecipe, InvalidTask, Unmergeable, CorruptCheckpoint, CannotWrite) keep their own
@@ -119,6 +120,10 @@ class FalseFingerprint(VerificationFailed):
     def __init__(self, why: str, *, publisher: str, hint: str = "weft search; weft peers") -> None:
         super().__init__(why, hint=hint)
         self.publisher = publisher
+
+
+class KnownFalse(FalseFingerprint):
+    """This node found that before."""
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

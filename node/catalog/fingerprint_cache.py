@@ -27,10 +27,12 @@ class FingerprintCache:
         self._lock = threading.Lock()
         self._used: int | None = None
 
-    def get(self, digest: Digest) -> bytes | None:
-        """What has this digest; a file that was damaged is removed."""
+    def get(self, digest: Digest, *, limit: int) -> bytes | None:
+        """What has this digest and at most `limit` bytes; a file that was damaged is removed."""
         path = self._folder / digest.hex
         try:
+            if path.stat().st_size > limit:
+                return None
             data = path.read_bytes()
         except OSError:
             return None

@@ -7,9 +7,11 @@ every byte that such a question and its answer take.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from merge_core.digest import Digest, sha256
+from merge_core.simmerge.mini import MAX_MINI
 from node.catalog.expert import FINGERPRINT, SKETCH, Expert
 from node.catalog.fingerprint_cache import FingerprintCache
 from node.catalog.shelf import Shelf
@@ -38,13 +40,14 @@ class Known:
     def fingerprint(self, digest: Digest) -> bytes | None:
         """The signed fingerprint of this digest."""
         own = _file(self._shelf.experts(), digest, FINGERPRINT, lambda expert: expert.fingerprint)
-        return own or self.cache.get(digest)
+        return own or self.cache.get(digest, limit=MAX_SIGNED)
 
     def sketches(self, digests: Sequence[Digest]) -> list[bytes | None]:
         """The mini of each digest, None where it is not here."""
         here = self._shelf.experts()
         return [
-            _file(here, digest, SKETCH, lambda expert: expert.sketch) or self.cache.get(digest)
+            _file(here, digest, SKETCH, lambda expert: expert.sketch)
+            or self.cache.get(digest, limit=MAX_MINI)
             for digest in digests
         ]
 
@@ -125,14 +128,14 @@ class Fingerprints:
             digests = sketches.asked_sketches(payload)
         except (ValueError, TypeError, RecursionError) as error:
             raise Refused(Reason.MALFORMED, "digests are asked for") from error
-        return sketches.pack(self.known.sketches(digests))
+        return sketches.pack(await asyncio.to_thread(self.known.sketches, digests))
 
     async def _answer_whole(self, peer: PeerId, payload: bytes) -> bytes:
         try:
             digest, offset = sketches.asked_piece(payload)
         except (ValueError, TypeError, RecursionError) as error:
             raise Refused(Reason.MALFORMED, "a digest and an offset are asked for") from error
-        whole = self.known.fingerprint(digest)
+        whole = await asyncio.to_thread(self.known.fingerprint, digest)
         if whole is None:
             raise Refused(Reason.UNKNOWN_MODEL)
         try:

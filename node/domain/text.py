@@ -30,12 +30,23 @@ def matching(value: Any, pattern: re.Pattern[str], what: str) -> str:
 
 
 def text(value: Any, limit: int, what: str, *, empty: bool = True) -> str:
-    """At most `limit` characters of NFC text that no terminal takes for a command."""
+    """At most `limit` characters of NFC text on one line, which no terminal takes for a command."""
     if not isinstance(value, str) or len(value) > limit or (not value and not empty):
         raise ValueError(f"{what} is not text of at most {limit} characters")
-    if unicodedata.normalize("NFC", value) != value or any(unicodedata.category(c)[0] == "C" for c in value):
+    if unicodedata.normalize("NFC", value) != value or not _is_line(value):
         raise ValueError(f"{what} holds control or unnormalised characters")
     return value
+
+
+def printable(value: str) -> str:
+    """Any text on one line, with U+FFFD in place of what could steer a terminal or end the line."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in value)
+
+
+def _is_line(value: str) -> bool:
+    """Whether there are no control characters in it and no line or paragraph separators."""
+    found = (unicodedata.category(char) for char in value)
+    return not any(category[0] == "C" or category in ("Zl", "Zp") for category in found)
 
 
 def integer(value: Any, what: str, *, low: int = 0, high: int = MAX_INTEGER) -> int:

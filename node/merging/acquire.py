@@ -22,7 +22,7 @@ from node.catalog.shelf import Shelf
 from node.domain.ids import PeerId
 from node.domain.job import JobState
 from node.domain.negotiation import Agreement, Purpose
-from node.errors import FalseFingerprint, NotEnoughPeers, Refused, Unreachable, WeftError
+from node.errors import FalseFingerprint, KnownFalse, NotEnoughPeers, Refused, Unreachable, WeftError
 from node.exchange.fetch import Fetched, fetch
 from node.exchange.holder import Holder, Progress
 from node.exchange.lookup import read_fingerprint
@@ -161,13 +161,16 @@ class Acquisition:
             self._attempt.reach("agreements", [*known, signed])
 
     async def _fetch(self, wanted: _Wanted, holders: Sequence[Holder], into: Shelf) -> Expert:
-        """Fetch a model as the first publisher signed it whom its holders can show; raises as `acquire`."""
+        """Fetch a model as the first publisher signed it whom its holders can show; raises as `acquire`.
+
+        Whose fingerprint was found false before is passed over: anybody can advertise a model as their own.
+        """
         last: WeftError | None = None
         async with self._overlay.fetching.of(wanted.model_id):
             for offered in wanted.offered_by(holders):
                 try:
                     return await self._fetch_as(offered, wanted, holders, into)
-                except (Refused, NotEnoughPeers) as error:
+                except (Refused, NotEnoughPeers, KnownFalse) as error:
                     last = error
         raise last or NotEnoughPeers(f"nobody describes {wanted.name}", hint="weft search")
 

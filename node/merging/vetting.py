@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,7 @@ from merge_core.simmerge.structure import Structure, first_difference
 from node.catalog import sketching
 from node.catalog.shelf import Measurable
 from node.domain.ids import PeerId
-from node.errors import FalseFingerprint
+from node.errors import FalseFingerprint, KnownFalse, VerificationFailed
 from node.exchange.fetch import Fetched
 from node.provenance import fault
 from node.provenance.fault import Fault
@@ -64,10 +65,10 @@ class Vetting:
         )
 
     def expect_honest(self, signed: SignedFingerprint) -> None:
-        """Raise FalseFingerprint where this node has found this fingerprint false before."""
+        """Raise KnownFalse where this node has found this fingerprint false before."""
         for record in self._faults.records():
             if record.author == self._me and record.value.sworn.fingerprint == signed.sworn.fingerprint:
-                raise _lie(record.value, "found before")
+                raise KnownFalse(_why(record.value, "found before"), publisher=_publisher(record.value))
 
     async def vet(
         self, signed: SignedFingerprint, fetched: Fetched, advertised: Iterable[Digest] = ()
@@ -85,7 +86,8 @@ class Vetting:
                 await self._say(found.to_json())
                 if one is signed or one.author.publisher.key_id == publisher:
                     where = first_difference(one.fingerprint.structure, structure)
-                    lie = lie or _lie(found, f"first in {where}")
+                    why = _why(found, f"first in {where}")
+                    lie = lie or FalseFingerprint(why, publisher=_publisher(found))
         self._settle(fetched.manifest.model_id, structure)
         if lie is not None:
             raise lie
@@ -93,9 +95,13 @@ class Vetting:
     def _others(
         self, signed: SignedFingerprint, fetched: Fetched, advertised: Iterable[Digest]
     ) -> list[SignedFingerprint]:
-        """Other fingerprints of this model that came here."""
-        here = [data for digest in dict.fromkeys(advertised) if (data := self._known(digest)) is not None]
-        found = {one.sworn.fingerprint: one for one in map(SignedFingerprint.parse, here)}
+        """Other fingerprints of this model that came here; what else goes by such a digest is none."""
+        found: dict[Digest, SignedFingerprint] = {}
+        for digest in dict.fromkeys(advertised):
+            data = self._known(digest)
+            with suppress(VerificationFailed):
+                if data is not None and (one := SignedFingerprint.parse(data)):
+                    found[one.sworn.fingerprint] = one
         found.pop(signed.sworn.fingerprint, None)
         return [one for one in found.values() if one.sworn.model_id == fetched.manifest.model_id]
 
@@ -120,10 +126,12 @@ class Vetting:
             )
 
 
-def _lie(found: Fault, how: str) -> FalseFingerprint:
-    author = found.sworn.author
-    return FalseFingerprint(
+def _why(found: Fault, how: str) -> str:
+    return (
         f"{found.sworn.model_id} is not what its fingerprint says ({how}): publisher"
-        f" {author.publisher.key_id}, peer {author.peer_id}, signed a false one",
-        publisher=author.publisher.key_id,
+        f" {_publisher(found)}, peer {found.sworn.author.peer_id}, signed a false one"
     )
+
+
+def _publisher(found: Fault) -> str:
+    return str(found.sworn.author.publisher.key_id)

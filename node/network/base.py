@@ -21,6 +21,7 @@ from typing import Protocol, Self
 
 import anyio
 
+from node.domain import text
 from node.domain.address import Address
 from node.domain.ids import PeerId
 from node.domain.reasons import Reason
@@ -161,10 +162,10 @@ class Network(Protocol):
         """Call `listener` at each change of a peer."""
 
 
-def parse_address(text: str) -> Address:
+def parse_address(address: str) -> Address:
     """Read a complete TCP multiaddr; raises LocalError on anything else."""
     try:
-        return Address.parse(text)
+        return Address.parse(address)
     except ValueError as error:
         raise LocalError(str(error), hint="ask the other node for its address: weft invite") from error
 
@@ -213,7 +214,7 @@ def decode_reply(frame: bytes) -> bytes:
     if status == Status.FAILED and not body:
         raise Unreachable("the peer failed while it answered", hint="try again later, or ask another peer")
     if status == Status.REFUSED and 1 <= len(body) <= 1 + MAX_DETAIL:
-        raise Refused(_reason(body[0]), _printable(body[1:]))
+        raise Refused(_reason(body[0]), text.printable(body[1:].decode("utf-8", "replace")))
     raise PeerError("the peer's reply is malformed")
 
 
@@ -223,11 +224,6 @@ def _reason(number: int) -> Reason:
         return Reason(number)
     except ValueError:
         return Reason.UNSPECIFIED
-
-
-def _printable(detail: bytes) -> str:
-    """A peer's sentence without what could steer a terminal."""
-    return "".join(char if char.isprintable() else "�" for char in detail.decode("utf-8", "replace"))
 
 
 async def answer(

@@ -105,6 +105,8 @@ class SignedFingerprint:
             if len(head) != size or size > MAX_HEAD:
                 raise ValueError("its head has another length")
             sworn = Sworn.from_json(parse_canonical(head))
+            if head != canonical(sworn.to_json()):
+                raise ValueError("its head is spelled in another way than ours")
             if sha256(body) != sworn.fingerprint:
                 raise ValueError("its author signed another one")
             fingerprint = Fingerprint.parse(body)

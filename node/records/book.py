@@ -3,7 +3,7 @@
 A record is its author's own word, under its host key, in one network: what it is worth is for whoever reads
 it to judge. What the book keeps is a function of what has come, not of the order in which it came: of each
 author its newest, and where authors are too many, everybody's newest before anybody's second (`leaving`).
-So two nodes that were told the same hold the same.
+So two nodes that were told the same hold the same, but that each keeps what it said itself.
 
 Authors are names and names are free: the bounds keep memory and disk small, and no author heavier than
 another. They do not tell honest authors from made-up ones.
@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from merge_core.digest import Digest, canonical, check_version, parse_canonical, sha256
@@ -91,9 +92,11 @@ class Judgement(Enum):
 class RecordBook(Generic[T]):
     """The records of one kind in one network, in a store; usable from every thread."""
 
-    def __init__(self, store: Store, kind: Kind[T], *, network: str) -> None:
+    def __init__(self, store: Store, kind: Kind[T], *, network: str, me: PeerId) -> None:
+        """What `me` said itself makes room for nobody: it counts for `of_one` alone."""
         self.kind = kind
         self.network = network
+        self._me = me
         self._store = store
         self._lock = threading.RLock()
         self._records: dict[Digest, Record[T]] = {}
@@ -158,7 +161,7 @@ class RecordBook(Generic[T]):
         if record.digest in self._records:
             return Outcome.KNOWN
         self._keep(record)
-        gone = leaving(self._of, of_one=self.kind.of_one, of_all=self.kind.of_all)
+        gone = leaving(self._of, of_one=self.kind.of_one, of_all=self.kind.of_all, spared=self._me)
         for digest in gone:
             self._drop(digest)
         if record.digest in gone:
@@ -223,18 +226,26 @@ def read(kind: Kind[T], data: bytes) -> tuple[str, Record[T]]:
     return network, Record(author=author, at=at, digest=sha256(envelope.payload), value=body)
 
 
-def leaving(of: Mapping[PeerId, Sequence[Order]], *, of_one: int, of_all: int) -> tuple[Digest, ...]:
+def leaving(
+    of: Mapping[PeerId, Sequence[Order]], *, of_one: int, of_all: int, spared: PeerId
+) -> tuple[Digest, ...]:
     """Which records go, of authors whose records are sorted: the same ones in whatever order all came.
 
     First what an author has beyond `of_one`. Then, until `of_all` are left, the oldest of whoever has most;
-    of several who have as many, of the last by the digest of its name.
+    of several who have as many, of the last by the digest of its name. `spared` is not counted among all.
     """
     gone: list[Digest] = [digest for orders in of.values() for _, digest in orders[of_one:]]
-    counts = {author: min(len(orders), of_one) for author, orders in of.items()}
+    counts = {author: min(len(orders), of_one) for author, orders in of.items() if author != spared}
     excess = sum(counts.values()) - of_all
     while excess > 0:
-        most = max(counts, key=lambda author: (counts[author], sha256(author.encode())))
+        most = max(counts, key=lambda author: (counts[author], _place(author)))
         counts[most] -= 1
         gone.append(of[most][counts[most]][1])
         excess -= 1
     return tuple(gone)
+
+
+@lru_cache(maxsize=1 << 14)
+def _place(author: PeerId) -> Digest:
+    """Where a name stands among others: asked of thousands of them for each record that comes."""
+    return sha256(author.encode())

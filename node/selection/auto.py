@@ -17,6 +17,7 @@ from merge_core.simmerge.chains import Chain
 from merge_core.simmerge.forecast import Scored
 from merge_core.simmerge.plans import Advice, advise
 from merge_core.simmerge.predictor import Predictor
+from node.domain import text
 from node.selection.candidate import Candidate
 
 BASELESS = ("linear", "slerp")
@@ -81,15 +82,15 @@ class Auto:
         ]
         for step in steps:
             del step["dtype"]  # the models' own
-        text = recipes.parse("\n---\n".join(map(json.dumps, steps))).to_yaml()
+        recipe = recipes.parse("\n---\n".join(map(json.dumps, steps))).to_yaml()
         told = [
-            f"# {self.called(scored.chain)}",
-            f"# predicted {scored.utility:.3f} ± {scored.width():.3f} at {', '.join(self.advice.tasks)},"
+            self.called(scored.chain),
+            f"predicted {scored.utility:.3f} ± {scored.width():.3f} at {', '.join(self.advice.tasks)},"
             f" the best of {self.advice.considered} by fingerprints alone",
         ]
         known = [*self.candidates, *([self.base] if self.base else [])]
-        told += [f"# {candidate.reference} is {candidate.name}" for candidate in known]
-        return "\n".join(told) + "\n" + text
+        told += [f"{candidate.reference} is {candidate.name}" for candidate in known]
+        return "".join(f"# {text.printable(words)}\n" for words in told) + recipe
 
 
 def plan(

@@ -209,7 +209,8 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path: Path) -> None
     entries = [bytes([number]) * 100 for number in range(10)]
     for entry in entries:
         cache.put(entry)
-    assert cache.get(sha256(entries[0])) == entries[0]
+    assert cache.get(sha256(entries[0]), limit=1 << 20) == entries[0]
+    assert cache.get(sha256(entries[0]), limit=len(entries[0]) - 1) is None
     old = time.time() - 3600
     for number, entry in enumerate(entries[1:]):
         os.utime(tmp_path / "cache" / sha256(entry).hex, (old + number, old + number))
@@ -219,5 +220,5 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path: Path) -> None
 
     damaged = tmp_path / "cache" / sha256(b"more").hex
     damaged.write_bytes(b"less")
-    assert FingerprintCache(tmp_path / "cache").get(sha256(b"more")) is None and not damaged.exists()
-    assert FingerprintCache(tmp_path / "nothing").get(sha256(b"more")) is None
+    assert FingerprintCache(tmp_path / "cache").get(sha256(b"more"), limit=4) is None and not damaged.exists()
+    assert FingerprintCache(tmp_path / "nothing").get(sha256(b"more"), limit=4) is None

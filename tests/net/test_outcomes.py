@@ -37,6 +37,7 @@ from node.store import Store
 
 NOW = 1_760_000_000.0
 KEYS = [HostKey.from_private_bytes(bytes([seed]) * 32) for seed in range(1, 6)]
+ME = HostKey.from_private_bytes(bytes([99]) * 32)
 NAMES = tuple(f"feature {number}" for number in range(90))
 OPERATORS = ("ties", "linear", "brand new")
 
@@ -76,12 +77,12 @@ def outcome(number: int, *, utility: float = 0.5, operator: str = "ties", pair: 
     )
 
 
-def book(folder: Path) -> RecordBook[Outcome]:
-    return RecordBook(Store(folder / "node.db"), OUTCOMES, network="test")
+def book(folder: Path, me: HostKey = ME) -> RecordBook[Outcome]:
+    return RecordBook(Store(folder / "node.db"), OUTCOMES, network="test", me=me.peer_id)
 
 
 def signed(key: HostKey, told: Outcome, folder: Path, *, at: float = NOW) -> bytes:
-    return book(folder / f"{key.peer_id}-{told.digest.hex[:8]}").say(body(told), key, at)
+    return book(folder / f"{key.peer_id}-{told.digest.hex[:8]}", key).say(body(told), key, at)
 
 
 def test_two_nodes_that_were_told_the_same_in_any_order_hold_the_same_to_the_byte(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from node.store import Store
 
 NOW = 1_760_000_000.0
 KEYS = [HostKey.from_private_bytes(bytes([seed]) * 32) for seed in range(1, 8)]
+ME = HostKey.from_private_bytes(bytes([99]) * 32).peer_id
 
 
 def number(body: Any) -> int:
@@ -36,7 +37,7 @@ KIND = Kind(name="numbers", read=number, of_one=3, of_all=8)
 
 
 def book(folder: Path, kind: Kind[int] = KIND, *, network: str = "test") -> RecordBook[int]:
-    return RecordBook(Store(folder / "node.db"), kind, network=network)
+    return RecordBook(Store(folder / "node.db"), kind, network=network, me=ME)
 
 
 def said(key: HostKey, value: Any, *, at: float = NOW, network: str = "test", kind: str = "numbers") -> bytes:
@@ -93,8 +94,20 @@ def test_the_oldest_of_whoever_has_most_leave_first() -> None:
         loud: [(-n, sha256(bytes([n]))) for n in (9, 8, 7, 6)],
         quiet: [(-1, sha256(b"q"))],
     }
-    assert leaving(of, of_one=3, of_all=2) == tuple(sha256(bytes([n])) for n in (6, 7, 8))
-    assert leaving(of, of_one=9, of_all=9) == ()
+    assert leaving(of, of_one=3, of_all=2, spared=ME) == tuple(sha256(bytes([n])) for n in (6, 7, 8))
+    assert leaving(of, of_one=9, of_all=9, spared=ME) == ()
+    assert leaving(of, of_one=3, of_all=1, spared=quiet) == tuple(sha256(bytes([n])) for n in (6, 7, 8))
+
+
+def test_however_many_names_speak_a_node_keeps_what_it_found_itself(tmp_path: Path) -> None:
+    held = RecordBook(Store(tmp_path / "node.db"), KIND, network="test", me=KEYS[0].peer_id)
+    held.say(42, KEYS[0], NOW)
+    strangers = [HostKey.from_private_bytes(bytes([seed, 7]) * 16) for seed in range(1, 60)]
+    for key in strangers:
+        held.admit(said(key, 0, at=NOW + 60), NOW)
+    kept = held.records()
+    assert len(kept) == KIND.of_all + 1
+    assert [record.value for record in kept if record.author == KEYS[0].peer_id] == [42]
 
 
 def test_a_book_is_after_a_restart_what_it_was(tmp_path: Path) -> None:

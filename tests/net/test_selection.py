@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
-from merge_core.digest import sha256
+from merge_core.digest import ModelId, sha256
 from merge_core.errors import InvalidRecipe
 from merge_core.simmerge.fingerprint import Fingerprint
 from merge_core.simmerge.outcomes import Outcome as Measured
@@ -40,7 +40,8 @@ from node.identity.envelopes import seal
 from node.identity.keys import HostKey
 from node.network.memory import Fabric, MemoryNetwork
 from node.provenance.fault import Standing, accusations
-from node.selection import outcomes
+from node.selection import auto, outcomes
+from node.selection.candidate import Candidate
 
 pytestmark = pytest.mark.anyio
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16}
@@ -331,6 +332,28 @@ async def test_a_plan_is_made_of_what_peers_hold_and_its_recipe_merges(
     assert code == 2 and "--auto" in told["error"]["why"]
     code, told, _ = await weft("plan", "--auto", "math", "code", "--predictor", written)
     assert (code, told["error"]["kind"]) == (5, "CorruptCheckpoint")
+
+
+@pytest.mark.parametrize("name", ["a\u2028name: stolen is x", "a\n---\nmodels: []", "a\x85b: c"])
+def test_no_name_of_a_model_writes_into_a_recipe(tmp_path: Path, name: str) -> None:
+    base, one, other = (
+        told_of(write(tmp_path / called, 0, *steps), called)
+        for called, steps in {"base": (), "one": (1,), "other": (2,)}.items()
+    )
+    predictor = Predictor.parse(fond_of("ties", tmp_path).read_bytes())
+    (text,) = auto.plan([replace(one, name=name), other], base, predictor).recipes
+    bare = "\n".join(line for line in text.split("\n") if not line.startswith("#"))
+    assert recipes.parse(text) == recipes.parse(bare)
+    assert set(recipes.parse(text).models) == {model.reference for model in (base, one, other)}
+
+
+def told_of(directory: Path, name: str) -> Candidate:
+    """A model as whoever plans knows it, with the structure of what lies in a directory."""
+    with Checkpoint.open(directory) as checkpoint:
+        structure = compute(_Unchecked(checkpoint, {}))  # type: ignore[arg-type]
+    model_id = ModelId(sha256(directory.name.encode()))
+    made = Fingerprint(model_id=model_id, structure=structure, behaviour=None)
+    return Candidate(reference=str(model_id), name=name, fingerprint=made, base=None, author=None, moved=0)
 
 
 async def test_partners_are_found_among_all_that_is_advertised(

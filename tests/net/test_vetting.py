@@ -17,6 +17,7 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, Measured, VerifiedSource, measure
 from merge_core.digest import Digest, sha256
 from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.mini import Mini
 from merge_core.simmerge.sketcher import compute
 from merge_core.simmerge.structure import Structure
 from node.catalog.shelf import Measurable
@@ -149,7 +150,10 @@ class Finder:
 @pytest.fixture
 def finder(tmp_path: Path, bob: Identity) -> Finder:
     return Finder(
-        book=RecordBook(Store(tmp_path / "node.db"), FAULTS, network="test"), identity=bob, said=[], cache={}
+        book=RecordBook(Store(tmp_path / "node.db"), FAULTS, network="test", me=bob.peer_id),
+        identity=bob,
+        said=[],
+        cache={},
     )
 
 
@@ -170,7 +174,7 @@ def test_who_is_found_out_is_named_told_of_and_not_asked_again(
     (accusation,) = accusations(finder.book)
     assert (accusation.standing, accusation.finders) == (Standing.FOUND, (finder.identity.peer_id,))
     (evidence,) = finder.said
-    elsewhere = RecordBook(Store(tmp_path / "elsewhere.db"), FAULTS, network="test")
+    elsewhere = RecordBook(Store(tmp_path / "elsewhere.db"), FAULTS, network="test", me=alice.peer_id)
     assert elsewhere.admit(evidence, NOW) is Outcome.NEW
     (heard,) = accusations(elsewhere)
     assert (heard.standing, heard.sworn) == (Standing.SAID, accusation.sworn)
@@ -187,7 +191,8 @@ def test_a_fingerprint_that_a_plan_may_have_been_made_by_is_held_against_the_wei
     author = alice if by_the_publisher else keyring.create(tmp_path / "mallory", NOW)
     made = Fingerprint(model_id=model.manifest.model_id, structure=lie, behaviour=None)
     false = sign(made.to_bytes(), author)
-    finder.cache = {sha256(false): false}
+    mini = Mini.of(signed.fingerprint).to_bytes()  # advertised as a fingerprint, it is none
+    finder.cache = {sha256(mini): mini, sha256(false): false}
     if by_the_publisher:
         with pytest.raises(FalseFingerprint, match=author.peer_id):
             finder.vet(signed, model, honest)
@@ -206,7 +211,7 @@ def test_whoever_has_the_weights_settles_what_others_said(
     signed = swear(alice, model, structure_of(honest))
     slander = Fault(sworn=signed.sworn, found=sha256(b"something else"))
     carol = keyring.create(tmp_path / "carol", NOW)
-    told = RecordBook(Store(tmp_path / "carol.db"), FAULTS, network="test").say(
+    told = RecordBook(Store(tmp_path / "carol.db"), FAULTS, network="test", me=carol.peer_id).say(
         slander.to_json(), carol.host, NOW
     )
     assert finder.book.admit(told, NOW) is Outcome.NEW
