@@ -11,6 +11,7 @@ stands for an intermediate result in a search, and is never published.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +37,8 @@ def blended(models: Sequence[Fingerprint], *, weights: Sequence[float], base: Fi
     origin = base.behaviour
     behaviour = None
     if origin is not None and all(b is not None and b.key == origin.key for b in behaviours):
-        behaviour = _behaviour([b for b in behaviours if b is not None], weights, origin)
+        with suppress(ValueError):  # numbers that were made up may add up to what no model does
+            behaviour = _behaviour([b for b in behaviours if b is not None], weights, origin)
     told = [base.model_id, [[m.model_id, float(w).hex()] for m, w in zip(models, weights, strict=True)]]
     return Fingerprint(
         model_id=ModelId(sha256(canonical(told))),
@@ -50,7 +52,7 @@ def _structure(structures: Sequence[Structure], weights: Sequence[float], base: 
     groups = [
         _group([groups[group.key] for groups in by_key], weights, group)
         for group in base.groups
-        if all(group.key in known and known[group.key].shapes == group.shapes for known in by_key)
+        if all(group.key in known and known[group.key].layout == group.layout for known in by_key)
     ]
     return Structure(groups=tuple(groups), layers=base.layers)
 

@@ -224,7 +224,7 @@ def _shift(model: Fingerprint, base: Fingerprint) -> float:
     square = 0.0
     for group in model.structure.groups:
         known = origin.get(group.key)
-        if known is not None and known.shapes == group.shapes:
+        if known is not None and known.layout == group.layout:
             mine, theirs = (g.sketch if g.sketch.size else g.sample for g in (group, known))
             square += float(np.square(mine.astype(np.float64) - theirs).sum())
     return float(max(square, 1e-24) ** 0.5)

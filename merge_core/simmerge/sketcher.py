@@ -40,6 +40,7 @@ from merge_core.simmerge.sketch import (
     widened,
 )
 from merge_core.simmerge.structure import (
+    LARGEST,
     Group,
     GroupKey,
     LayerNorms,
@@ -165,6 +166,8 @@ class _Norms:
         self._largest = max(self._largest, sums.largest)
 
     def told(self, what: str) -> dict[str, float]:
+        if self._largest > LARGEST:
+            raise _too_large(what)
         try:
             return {
                 "l1": float(self._l1),
@@ -208,7 +211,7 @@ class _Group:
 
     def told(self, key: GroupKey) -> Group:
         sketch = np.zeros(0, np.float32) if self.limbs is None else sketch_of(self.limbs)
-        if not (np.isfinite(sketch).all() and np.isfinite(self.sample).all()):
+        if not ((np.abs(sketch) <= LARGEST).all() and (np.abs(self.sample) <= LARGEST).all()):
             raise _too_large(str(key))
         return Group(
             key=key,

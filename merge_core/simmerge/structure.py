@@ -35,6 +35,10 @@ USUAL_GROUPS = 12
 MAX_LAYER_ROWS = 256
 """Rows of layer norms; where a model has more, neighbouring layers share one."""
 
+LARGEST = 2.0**48
+"""No weight and no bucket of a sketch is larger: what is worked out from two of them fits into a float32."""
+
+_LARGEST_NORM = 2.0**120
 _MAX_LAYER = 999_999
 _NO_SKETCH: Floats = np.zeros(0, np.float32)
 
@@ -94,7 +98,7 @@ def is_measured(info: TensorInfo) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
-    """What is known of one group. Sketches and samples of equal `shapes` can be compared, others cannot."""
+    """What is known of one group. Sketches and samples of equal `layout` can be compared, others cannot."""
 
     key: GroupKey
     elements: int
@@ -107,6 +111,11 @@ class Group:
     """float32[WIDTH], or empty where the sample is whole."""
     sample: Floats
     """float32: values of W in the order of the coordinates; all of them where a sketch would take no less."""
+
+    @property
+    def layout(self) -> tuple[Digest, int, int, int]:
+        """What is where: `shapes` are anybody's to copy, and the size of a sample is another's to choose."""
+        return self.shapes, self.elements, len(self.sample), len(self.sketch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +173,9 @@ class Structure:
             raise ValueError("number of layers")
         heads = [_head(item) for item in groups]
         places = [_layer(item) for item in layers]
-        if any(a.key >= b.key for a, b in pairwise(heads)) or any(a >= b for a, b in pairwise(places)):
+        if any(a.key >= b.key for a, b in pairwise(heads)) or any(
+            a[:2] >= b[:2] for a, b in pairwise(places)
+        ):
             raise ValueError("groups or layers are not sorted, or one is repeated")
         found = _shaped(arrays, heads, len(places))
         rows = zip(places, found["layers"].tolist(), strict=True)
@@ -262,11 +273,14 @@ def _shaped(
     }
     if {name: (array.dtype.type, array.shape) for name, array in arrays.items()} != expected:
         raise ValueError("arrays of other types or shapes than the groups have")
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise ValueError("a number that is not finite")
+    if not all((np.abs(array) <= _BOUNDS[name]).all() for name, array in arrays.items()):  # nor is NaN
+        raise ValueError("a number that no weights have")
     if any(np.signbit(arrays[name]).any() for name in ("norms", "layers")):
         raise ValueError("a negative norm")
     return arrays
+
+
+_BOUNDS = {"norms": _LARGEST_NORM, "layers": _LARGEST_NORM, "sketch": LARGEST, "sample": LARGEST}
 
 
 def _groups(heads: Sequence[_Head], arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Group, ...]:

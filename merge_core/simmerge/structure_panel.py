@@ -103,9 +103,9 @@ class _Column:
 
 def _column(groups: Sequence[Group | None], base: Group | None) -> _Column:
     known = [group for group in groups if group is not None]
-    classes = {shapes: number for number, shapes in enumerate(dict.fromkeys(g.shapes for g in known))}
-    # The reference of a shape: the base where it has that shape, else the first that came.
-    references = {group.shapes: group for group in reversed(known)} | ({base.shapes: base} if base else {})
+    classes = {layout: number for number, layout in enumerate(dict.fromkeys(g.layout for g in known))}
+    # The reference of a layout: the base where it has that one, else the first that came.
+    references = {group.layout: group for group in reversed(known)} | ({base.layout: base} if base else {})
     width = max((len(_projection(group)) for group in known), default=0)
     sample = max((len(group.sample) for group in known), default=0)
     differences = np.zeros((len(groups), width), np.float32)
@@ -113,14 +113,14 @@ def _column(groups: Sequence[Group | None], base: Group | None) -> _Column:
     squares, elements, norms = np.zeros(len(groups)), np.zeros(len(groups)), np.zeros(len(groups))
     for row, group in enumerate(groups):
         if group is not None:
-            reference, own = references[group.shapes], _projection(group)
+            reference, own = references[group.layout], _projection(group)
             differences[row, : len(own)] = own - _projection(reference)
             sampled[row, : len(group.sample)] = group.sample - reference.sample
             squares[row], elements[row], norms[row] = _square(own), group.elements, group.l2
     top = _largest(np.abs(sampled), np.array([len(group.sample) if group else 0 for group in groups]))
     return _Column(
-        shape=np.array([classes[group.shapes] if group else -1 for group in groups], np.int64),
-        based=np.array([bool(group and base and group.shapes == base.shapes) for group in groups]),
+        shape=np.array([classes[group.layout] if group else -1 for group in groups], np.int64),
+        based=np.array([bool(group and base and group.layout == base.layout) for group in groups]),
         elements=elements,
         norms=norms,
         squares=squares,

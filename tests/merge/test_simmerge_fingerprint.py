@@ -201,6 +201,14 @@ HOSTILE: dict[str, Callable[..., tuple[Any, Any]]] = {
     "zero with a sign": array("structure.norms", at((0, 0), -0.0)),
     "NaN in a sketch": array("structure.sketch", at((0, 5), math.nan)),
     "infinity in a sample": array("structure.sample", at(5, math.inf)),
+    "a bucket that no weights fill": array("structure.sketch", at((0, 5), 2.0**49)),
+    "a weight that cannot be measured": array("structure.sample", at(5, -1e20)),
+    "a norm that overflows when it is squared": array("structure.norms", at((0, 1), 1e200)),
+    "a hidden state that overflows": array("behaviour.hidden_norm", at(0, 3e38)),
+    "bits without end": array("behaviour.bits_per_byte", at(0, 3e38)),
+    "a layer twice, of another size": layers(
+        lambda rows: [rows[0], [*rows[0][:2], rows[0][2] + 1], *rows[2:]]
+    ),
     "a sketch too many": array("structure.sketch", lambda x: np.concatenate([x, x[:1]])),
     "a narrow sketch": array("structure.sketch", lambda x: x[:, :1024]),
     "sketches of another type": array("structure.sketch", lambda x: x.astype(np.float64)),

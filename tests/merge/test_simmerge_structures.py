@@ -1,6 +1,7 @@
 """Statistics of weights: exact ones by hand, and estimates from structures that come near them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from merge_core.simmerge.exact import compare
 from merge_core.simmerge.sketcher import compute
 from merge_core.simmerge.statistics import COLUMNS, OVERALL
 from merge_core.simmerge.statistics import StructuralStatistics as Statistics
-from merge_core.simmerge.structure import GROUPS, GroupKey
+from merge_core.simmerge.structure import GROUPS, GroupKey, Structure
 from merge_core.simmerge.structure_panel import StructurePanel
 
 Arrays = dict[str, np.ndarray]
@@ -196,3 +197,20 @@ def test_models_of_several_shapes_share_a_panel(held: Hold) -> None:
     unrelated = panel.pairs([0])
     assert np.isnan(unrelated.task_cosine).all()
     assert unrelated.weight_cosine[0, 2, OVERALL] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 60])
+def test_who_copies_the_shapes_of_others_is_compared_with_nobody(size: int, held: Hold) -> None:
+    honest, other = compute(held(drawn(1))), compute(held(drawn(1)))
+    copied = Structure(
+        groups=tuple(
+            replace(group, elements=size, sketch=group.sketch[:0], sample=group.sample[:size])
+            for group in honest.groups
+        ),
+        layers=honest.layers,
+    )
+    for base in (honest, copied):
+        found = StructurePanel([honest, copied, other], base=base).pairs([0])
+        assert np.isnan(found.weight_cosine[0, 1]).all() and found.weight_cosine[
+            0, 2, OVERALL
+        ] == pytest.approx(1.0)
