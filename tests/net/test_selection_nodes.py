@@ -110,7 +110,7 @@ def test_a_plan_of_what_two_other_nodes_hold_moves_little_and_beats_the_median_a
         return data
 
     recipe = tmp_path / "recipe.yaml"
-    advised = weft("plan", "--auto", *EXPERTS, "-o", recipe, "--explain")
+    advised = weft("plan", "--auto", *EXPERTS, "--tasks", ",".join(EXPERTS), "-o", recipe, "--explain")
     assert advised["base"]["name"] == "base" and 0 < advised["moved"] < 1_000_000
     assert not list(home.parents.glob("*")) and not list(home.incoming.glob("*"))
     assert not list(home.experts.glob("*/*"))
