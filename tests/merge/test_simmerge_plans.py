@@ -98,6 +98,19 @@ def test_the_blend_of_an_average_is_the_average(
     assert same > (base.behaviour.ids[:, 0] == made.behaviour.ids[:, 0]).mean() and same > 0.8
 
 
+def test_made_up_numbers_that_add_up_to_no_behaviour_leave_the_weights(
+    base: Fingerprint, experts: Mapping[str, Fingerprint]
+) -> None:
+    def looking(model: Fingerprint, where: float) -> Fingerprint:
+        assert model.behaviour
+        attention = np.full_like(model.behaviour.attention, where)
+        return replace(model, behaviour=replace(model.behaviour, attention=attention))
+
+    pair = tuple(looking(experts[name], 8.0) for name in ("rev", "sort"))
+    blend = blended(pair, weights=(1.0, 1.0), base=looking(base, -8.0))
+    assert blend.behaviour is None and len(blend.structure.groups) == len(base.structure.groups)
+
+
 def test_a_blend_of_one_model_behaves_like_that_model(
     base: Fingerprint, experts: Mapping[str, Fingerprint]
 ) -> None:
