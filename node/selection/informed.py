@@ -1,4 +1,8 @@
-"""A predictor that has heard what merges turned out to be worth: its word, and what outcomes add to it."""
+"""A predictor that has heard what merges turned out to be worth: its word, and what outcomes add to it.
+
+Whoever says so may have made it up, under as many names as they like: so all outcomes together move no
+prediction by more than MOST.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ import numpy.typing as npt
 
 from merge_core.simmerge.bandit import Bandit
 from merge_core.simmerge.predictor import UNIT, Prediction, Predictor
+
+MOST = 0.1
+"""What outcomes correct a prediction by at most, in shares of right answers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,4 +43,5 @@ class Informed(Predictor):
         """Predict for features [..., len(names)]; what is missing may hold any number."""
         told = super().predict(values, missing)
         judged = self.bandit.judge(values, missing, self.operators).utility
-        return Prediction(members=told.members + (judged - self.settle(values, missing).utility / UNIT))
+        wrong = judged - self.settle(values, missing).utility / UNIT
+        return Prediction(members=told.members + np.clip(wrong, -MOST, MOST))

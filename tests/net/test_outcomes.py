@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from merge_core.digest import Digest, sha256
 from merge_core.errors import Unmergeable
 from merge_core.simmerge.bandit import Bandit
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.outcomes import UNIT, Outcome
+from merge_core.simmerge.outcomes import UNIT, Outcome, digest_of
 from merge_core.simmerge.predictor import Layer, Predictor
 from merge_core.simmerge.sketcher import compute
 from node.identity.keys import HostKey
 from node.records.book import MAX_RECORD, Judgement, RecordBook
 from node.records.book import Outcome as Admitted
 from node.selection.candidate import Candidate
-from node.selection.informed import Informed
+from node.selection.informed import MOST, Informed
 from node.selection.outcomes import (
     OUTCOMES,
     body,
@@ -210,11 +211,33 @@ def test_what_was_heard_corrects_a_prediction_and_silence_does_not(family: Any) 
         Informed.by(learned, Bandit(learned)).predict(values, missing).members,
         learned.predict(values, missing).members,
     )
-    bandit = Bandit(learned)
-    for n in range(30):
-        told = measured(
-            family.plan, pair, found["base"], learned, [row(values=[1.0], digest=sha256(bytes([n])))]
-        )
-        bandit.add(f"peer {n % 3}", told[0])
-    linear, ties = Informed.by(learned, bandit).predict(values, missing).utility
-    assert linear == pytest.approx(0.5, abs=1e-3) and ties > 0.8
+    for score, least, most in (
+        (0.55, 0.53, 0.55),
+        (1.0, 0.5 + MOST, 0.5 + MOST),
+        (0.0, 0.5 - MOST, 0.5 - MOST),
+    ):
+        bandit = Bandit(learned)
+        for n in range(30):
+            told = measured(
+                family.plan, pair, found["base"], learned, [row(values=[score], digest=sha256(bytes([n])))]
+            )
+            bandit.add(f"peer {n % 3}", told[0])
+        linear, ties = Informed.by(learned, bandit).predict(values, missing).utility
+        assert linear == pytest.approx(0.5, abs=1e-3) and least - 1e-6 <= ties <= most + 1e-6
+
+
+@pytest.mark.parametrize("liars", [1, 40])
+def test_however_many_names_lie_a_lead_beyond_what_they_may_move_stays(liars: int) -> None:
+    leading = replace(learner(), layers=(replace(learner().layers[0], bias=LEADS),))
+    bandit = Bandit(leading)
+    for number in range(liars * 20):
+        told = outcome(number, utility=number % 2, operator=leading.operators[number % 2], pair=number)
+        answer = replace(told, names=digest_of(leading.names), values=(0,))
+        bandit.add(f"liar {number % liars}", answer)
+    values, missing = np.zeros(1), np.array([False])
+    assert bandit.judge(values, missing, leading.operators).utility.argmax() == 1
+    linear, ties = Informed.by(leading, bandit).predict(values, missing).utility
+    assert (linear, ties) == (pytest.approx(0.75 - MOST), pytest.approx(0.5 + MOST))
+
+
+LEADS = np.tile(np.array([0.75, 0.5], np.float32), (2, 1))
