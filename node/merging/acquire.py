@@ -32,7 +32,11 @@ from node.jobs.runner import Attempt
 from node.merging.canvass import canvass
 from node.merging.overlay import ENOUGH, Overlay
 from node.merging.terms import Offered, by_publisher, licence_of
+from node.merging.vetting import Vetting
 from node.provenance.sketch import SignedFingerprint
+
+MAX_SHOWN = 32
+"""Fingerprints of one publisher's model that are looked at: a name to advertise under costs nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,9 +182,7 @@ class Acquisition:
         self, offered: Offered, wanted: _Wanted, holders: Sequence[Holder], into: Shelf
     ) -> Expert:
         overlay, job = self._overlay, self._attempt.job.id
-        sketch = await _fingerprint(offered, wanted.model_id, holders)
-        signed = SignedFingerprint.parse(sketch)
-        overlay.vetting.expect_honest(signed)
+        sketch, signed = await shown_fingerprint(offered, wanted.model_id, holders, overlay.vetting)
         held = await asyncio.to_thread(into.find, wanted.model_id, offered.publisher)
         if held is not None:
             return held
@@ -248,15 +250,30 @@ def _nobody(wanted: _Wanted, failed: Mapping[PeerId, WeftError]) -> WeftError:
     return errors[0] if errors else Unreachable(f"nobody answers for {wanted.name}", hint="weft peers")
 
 
-async def _fingerprint(offered: Offered, model_id: ModelId, holders: Sequence[Holder]) -> bytes:
-    """A fingerprint that somebody advertises and somebody can show; raises Refused or NotEnoughPeers."""
+async def shown_fingerprint(
+    offered: Offered, model_id: ModelId, holders: Sequence[Holder], vetting: Vetting
+) -> tuple[bytes, SignedFingerprint]:
+    """A fingerprint that is advertised, can be shown and was not found false: the publisher's, if there is.
+
+    Anybody can advertise a model under its publisher's name with a fingerprint of their own. Raises Refused,
+    NotEnoughPeers or KnownFalse.
+    """
     last: WeftError | None = None
-    for digest in dict.fromkeys(listing.model.fingerprint for listing in offered.listings):
+    strangers: tuple[bytes, SignedFingerprint] | None = None
+    for digest in list(dict.fromkeys(listing.model.fingerprint for listing in offered.listings))[:MAX_SHOWN]:
         try:
-            return await read_fingerprint(holders, model_id, digest)
-        except (Refused, NotEnoughPeers) as error:
+            sketch = await read_fingerprint(holders, model_id, digest)
+            signed = SignedFingerprint.parse(sketch)
+            vetting.expect_honest(signed)
+        except (Refused, NotEnoughPeers, KnownFalse) as error:
             last = error
-    raise last or NotEnoughPeers(f"nobody has the fingerprint of {model_id}", hint="weft search")
+            continue
+        if signed.author.publisher.key_id == offered.publisher:
+            return sketch, signed
+        strangers = strangers or (sketch, signed)
+    if strangers is None:
+        raise last or NotEnoughPeers(f"nobody has the fingerprint of {model_id}", hint="weft search")
+    return strangers
 
 
 def _terms(offered: Offered, directory: Path) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,16 @@ from merge_core.simmerge.fingerprint import Fingerprint
 from merge_core.simmerge.mini import Mini
 from merge_core.simmerge.sketcher import compute
 from merge_core.simmerge.structure import Structure
+from node.catalog.book import Listing
 from node.catalog.shelf import Measurable
+from node.domain.advert import AdvertisedModel
+from node.domain.ids import PeerId
 from node.errors import FalseFingerprint
 from node.exchange.fetch import Fetched
 from node.identity import keyring
 from node.identity.keyring import Identity
+from node.merging import acquire
+from node.merging.terms import Offered
 from node.merging.vetting import Vetting
 from node.provenance.fault import FAULTS, Fault, Standing, accusations, between
 from node.provenance.sketch import SignedFingerprint, sign
@@ -201,6 +206,61 @@ def test_a_fingerprint_that_a_plan_may_have_been_made_by_is_held_against_the_wei
     (accusation,) = accusations(finder.book)
     assert accusation.sworn.author.peer_id == author.peer_id and accusation.standing is Standing.FOUND
     assert finder.vetting.distrusted() == {made.digest} and len(finder.said) == 1
+
+
+class Shows:
+    """A holder, as far as it shows fingerprints."""
+
+    def __init__(self, *shown: bytes) -> None:
+        self._shown = {sha256(data): data for data in shown}
+
+    async def fingerprint(self, digest: Digest) -> AsyncGenerator[bytes, None]:
+        yield self._shown[digest]
+
+
+def test_a_stranger_who_swears_under_a_publishers_name_keeps_nobody_from_the_model(
+    tmp_path: Path, alice: Identity, finder: Finder
+) -> None:
+    honest = write(tmp_path / "honest", weights(1))
+    model, mallory = measured(honest), keyring.create(tmp_path / "mallory", NOW)
+    lie = structure_of(write(tmp_path / "lie", scaled(weights(1), 1)))
+    falsely, truly = (
+        sign(Fingerprint(model_id=model.manifest.model_id, structure=s, behaviour=None).to_bytes(), author)
+        for s, author in ((lie, mallory), (structure_of(honest), alice))
+    )
+    offered = Offered(
+        publisher=alice.publisher.key_id,
+        listings=tuple(
+            listing(model, peer.peer_id, alice.publisher.key_id, sha256(data))
+            for peer, data in ((mallory, falsely), (alice, truly))
+        ),
+    )
+
+    def chosen(*shown: bytes) -> bytes:
+        holders: Any = [Shows(*shown)]
+        told = acquire.shown_fingerprint(offered, model.manifest.model_id, holders, finder.vetting)
+        return asyncio.run(told)[0]
+
+    assert chosen(falsely, truly) == truly
+    with pytest.raises(FalseFingerprint):
+        finder.vet(SignedFingerprint.parse(falsely), model, honest)
+    assert chosen(falsely, truly) == truly
+
+
+def listing(model: Measured, peer: PeerId, publisher: str, fingerprint: Digest) -> Listing:
+    advertised = AdvertisedModel(
+        model_id=model.manifest.model_id,
+        name="math",
+        licence="MIT",
+        architecture="",
+        base=None,
+        size=1,
+        fingerprint=fingerprint,
+        sketch=fingerprint,
+        publisher=Digest(publisher),
+        purposes=(),
+    )
+    return Listing(peer=peer, model=advertised, seq=1, expires_at=int(NOW) + 60)
 
 
 def test_whoever_has_the_weights_settles_what_others_said(
