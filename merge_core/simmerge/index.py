@@ -41,25 +41,28 @@ class Partner:
 
 
 class Index:
-    """Minis, laid out so that one is compared with all in a few products of matrices; one for each model."""
+    """Minis, laid out so that one is compared with all in a few products of matrices.
+
+    Of several for one model, of which all but one are lies, the one that ranks it best counts: a mini can
+    be made up to praise a model, never to hide it.
+    """
 
     def __init__(self, minis: Iterable[Mini]) -> None:
-        known: dict[str, Mini] = {}
-        for mini in minis:
-            known.setdefault(mini.model_id, mini)
-        self._minis: Sequence[Mini] = [known[model_id] for model_id in sorted(known)]
+        known = {(mini.model_id, mini.digest): mini for mini in minis}
+        self._minis: Sequence[Mini] = [known[key] for key in sorted(known)]
         self._shapes = np.array([mini.shapes for mini in self._minis], dtype=object)
         self._questions = np.array([mini.questions or "" for mini in self._minis], dtype=object)
         self._sketches = _stacked([mini.sketch for mini in self._minis])
         self._behaviours = _stacked([mini.behaviour for mini in self._minis])
 
     def __len__(self) -> int:
-        return len(self._minis)
+        """How many models there are."""
+        return len({mini.model_id for mini in self._minis})
 
     def partners(self, mini: Mini, n: int, *, base: Mini | None = None) -> tuple[Partner, ...]:
         """The `n` that come first, best first, without the model itself and its base; ties by ModelId."""
         weights, task = self._compared(mini, base)
-        behaviour = np.full(len(self), np.nan)
+        behaviour = np.full(len(self._minis), np.nan)
         if mini.questions is not None:
             alike = np.flatnonzero(self._questions == mini.questions)
             behaviour[alike] = _cosines(self._behaviours[alike], mini.behaviour)
@@ -70,7 +73,11 @@ class Index:
         score = weights - np.where(np.isnan(task), 1.0, np.abs(task))
         # All of one shape first: none of their scores is below -2.
         score = np.where(np.isnan(score), behaviour - 4.0, score)
-        order = chosen[np.argsort(-score[chosen], kind="stable")][:n]
+        order: dict[str, int] = {}
+        for i in chosen[np.argsort(-score[chosen], kind="stable")].tolist():
+            if len(order) == n:
+                break
+            order.setdefault(self._minis[i].model_id, i)
         return tuple(
             Partner(
                 mini=self._minis[i],
@@ -78,12 +85,12 @@ class Index:
                 task=float(task[i]),
                 behaviour=float(behaviour[i]),
             )
-            for i in order
+            for i in order.values()
         )
 
     def _compared(self, mini: Mini, base: Mini | None) -> tuple[Floats, Floats]:
         """[N] twice: the cosines of weights and of task vectors."""
-        weights, task = np.full(len(self), np.nan), np.full(len(self), np.nan)
+        weights, task = np.full((2, len(self._minis)), np.nan)
         alike = np.flatnonzero(self._shapes == mini.shapes)
         weights[alike] = _cosines(self._sketches[alike], mini.sketch)
         kin = alike[weights[alike] > _KIN]

@@ -21,6 +21,7 @@ from node.provenance.fault import Fault, accusations
 from node.records.book import RecordBook
 from node.records.gossip import RecordGossip
 from node.selection import outcomes
+from node.selection.candidate import Candidate
 from node.selection.seek import Seeker
 from node.wire.v1 import selection_pb2 as pb
 from node.wire.v1 import selection_pb2_grpc
@@ -28,6 +29,11 @@ from node.wire.v1 import selection_pb2_grpc
 MAX_CANDIDATES = 64
 """Models that are compared at once."""
 MAX_PARTNERS = 100
+_SPARE = 4
+"""Models that may be asked about for each partner that is wanted: whoever lies in a mini cannot show more."""
+_AT_ONCE = 8
+_TURN = 20.0
+"""Seconds for the fingerprint of one of them."""
 MAX_FAULTS = 500
 
 
@@ -62,15 +68,26 @@ class SelectionServicer(selection_pb2_grpc.SelectionServicer):
             raise UsageError(f"1 to {MAX_PARTNERS} partners are told", hint="weft partners --help")
         moved: list[int] = []
         minis = await self._seeker.minis(moved.append)
-        index = await asyncio.to_thread(Index, (other for other, _ in minis.values()))
-        for partner in await asyncio.to_thread(index.partners, mini, request.count, base=base):
-            try:
-                found = await self._seeker.find(str(partner.mini.model_id))
-            except WeftError:
-                continue
-            yield pb.FindPartnersResponse(
-                candidate=views.candidate(found), compared=len(index), moved=sum(moved)
-            )
+        index = await asyncio.to_thread(Index, minis)
+        ranked = list(await asyncio.to_thread(index.partners, mini, _SPARE * request.count, base=base))
+        left = request.count
+        while left and ranked:
+            size = min(left, _AT_ONCE)
+            batch, ranked = ranked[:size], ranked[size:]
+            for found in await asyncio.gather(*(self._shown(str(one.mini.model_id)) for one in batch)):
+                if found is not None:
+                    left -= 1
+                    yield pb.FindPartnersResponse(
+                        candidate=views.candidate(found), compared=len(index), moved=sum(moved)
+                    )
+
+    async def _shown(self, model_id: str) -> Candidate | None:
+        """A model whose fingerprint somebody shows in time."""
+        try:
+            async with asyncio.timeout(_TURN):
+                return await self._seeker.find(model_id)
+        except (WeftError, TimeoutError):
+            return None
 
     async def ListFaults(self, request: pb.ListFaultsRequest, context: Any) -> pb.ListFaultsResponse:
         said = accusations(self._faults)

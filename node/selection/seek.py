@@ -74,8 +74,8 @@ class Seeker:
         minis = ((_parsed(found.get(x.model.sketch), x.model.model_id), x) for x in listings)
         return {mini.fingerprint: listing for mini, listing in minis if mini is not None}
 
-    async def minis(self, on_bytes: OnBytes = lambda count: None) -> dict[ModelId, tuple[Mini, Listing]]:
-        """A mini of every model that somebody advertises; those that nobody gives in time are left out."""
+    async def minis(self, on_bytes: OnBytes = lambda count: None) -> tuple[Mini, ...]:
+        """Every mini that somebody advertises a model with; those that nobody gives in time are left out."""
         listings = self._book.listings(self._clock())[:MAX_MINIS]
         wanted: dict[Digest, list[PeerId]] = {}
         for listing in listings:
@@ -84,11 +84,9 @@ class Seeker:
         await self._ask_for(
             {digest: peers for digest, peers in wanted.items() if digest not in found}, found, on_bytes
         )
-        return {
-            listing.model.model_id: (mini, listing)
-            for listing in listings
-            if (mini := _parsed(found.get(listing.model.sketch), listing.model.model_id)) is not None
-        }
+        advertised = dict.fromkeys((listing.model.sketch, listing.model.model_id) for listing in listings)
+        parsed = (_parsed(found.get(sketch), model_id) for sketch, model_id in advertised)
+        return tuple(mini for mini in parsed if mini is not None)
 
     def _listings(self, reference: str) -> tuple[Listing, ...]:
         """Everybody who advertises the one model that a reference names."""

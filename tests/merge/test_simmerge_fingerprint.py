@@ -392,6 +392,17 @@ def test_without_the_base_the_mean_of_its_kin_stands_for_it() -> None:
     assert len(alone) == 1 and math.isnan(alone[0].task)
 
 
+def test_nobody_hides_a_model_behind_another_mini() -> None:
+    honest = mini(2, DRAWN[0] + 0.1 * DRAWN[2])
+    others = [mini(10 + i, DRAWN[0] + 0.1 * (DRAWN[1] + DRAWN[i])) for i in range(3, 8)]
+    hiding = [mini(2, sketch) for sketch in (DRAWN[4], -DRAWN[0], DRAWN[0] + 0.1 * DRAWN[1])]
+    for told in ([honest, *others, *hiding], [*hiding, *others, honest]):
+        index = Index(told)
+        found = index.partners(MINE, 6, base=BASE)
+        assert found[0].mini.digest == honest.digest and len(index) == 6
+        assert len({partner.mini.model_id for partner in found}) == 6
+
+
 def test_an_index_of_nothing_finds_nothing() -> None:
     assert Index([]).partners(MINE, 5) == ()
 

@@ -17,15 +17,18 @@ from safetensors.numpy import save_file
 
 from merge_core import recipe as recipes
 from merge_core.checkpoint.manifest import LeafTable, Manifest
-from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
+from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import InvalidRecipe
 from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.index import Index
+from merge_core.simmerge.mini import Mini
 from merge_core.simmerge.outcomes import Outcome as Measured
 from merge_core.simmerge.predictor import Layer, Predictor
 from merge_core.simmerge.sketcher import compute
 from node import app, daemon
 from node.catalog.book import Outcome
+from node.catalog.fingerprint_cache import FingerprintCache
 from node.catalog.shelf import Measurable, Shelf, Sketched
 from node.cli import main
 from node.config import Config
@@ -172,9 +175,10 @@ async def test_an_expert_is_found_by_name_or_id_once_and_no_weights_move(pair: P
 async def test_minis_of_the_whole_catalogue_come_in_one_question(pair: Pair) -> None:
     moved: list[int] = []
     minis = await pair.bob.seeker.minis(moved.append)
-    assert {str(model_id) for model_id in minis} == set(pair.ids.values()) and len(moved) == 1
+    assert {str(mini.model_id) for mini in minis} == set(pair.ids.values()) and len(moved) == 1
     again: list[int] = []
-    assert (await pair.bob.seeker.minis(again.append)).keys() == minis.keys() and not again
+    told = {mini.digest for mini in await pair.bob.seeker.minis(again.append)}
+    assert told == {mini.digest for mini in minis} and not again
 
 
 async def test_an_advert_whose_digests_do_not_belong_together_is_not_listened_to(pair: Pair) -> None:
@@ -370,6 +374,50 @@ async def test_partners_are_found_among_all_that_is_advertised(
     assert {p["operator"] for p in data["partners"]} == {"task_arithmetic"}
     predicted = [p["predicted"] for p in data["partners"]]
     assert predicted == sorted(predicted, reverse=True) and predicted[0] != predicted[1]
+
+
+async def test_minis_of_models_that_nobody_shows_leave_room_for_others(
+    pair: Pair, weft: Weft, tmp_path: Path
+) -> None:
+    mine, cache = write(pair.models / "mine", 1, 9), FingerprintCache(pair.bob.home.fingerprints)
+    base = Mini.of((await pair.bob.seeker.find("base")).fingerprint)
+    with Checkpoint.open(mine) as checkpoint:
+        step = np.float64(Mini.of(print_of(checkpoint)).sketch) - base.sketch
+    (model,) = (x.model for x in pair.bob.book.listings(time.time()) if x.model.name == "math")
+    models = []
+    for seed in range(3):  # of the same base, and in no way like what is asked for
+        drawn = np.random.default_rng(seed).standard_normal(len(step))
+        apart = drawn - drawn @ step / (step @ step) * step
+        made_up = ModelId(sha256(b"made up %d" % seed))
+        mini = replace(base, model_id=made_up, sketch=np.float32(base.sketch + 0.01 * apart))
+        cache.put(mini.to_bytes())
+        models.append(replace(model, model_id=made_up, name=f"lie {seed}", sketch=mini.digest))
+    key = HostKey.generate()
+    advert = Advert(
+        network="test",
+        peer=key.peer_id,
+        seq=1,
+        issued_at=int(time.time()),
+        expires_at=int(time.time()) + 600,
+        previous=None,
+        models=tuple(sorted(models, key=lambda model: model.model_id)),
+    )
+    sealed = seal(PAYLOAD_TYPE, advert.to_bytes(), key).to_bytes()
+    assert pair.bob.book.admit(sealed, time.time()).outcome is Outcome.NEW
+    ranked = Index(await pair.bob.seeker.minis()).partners(
+        replace(base, model_id=ModelId(sha256(b"mine")), sketch=np.float32(base.sketch + step)), 3, base=base
+    )
+    assert {partner.mini.model_id for partner in ranked} == {model.model_id for model in models}
+    fond = fond_of("task_arithmetic", tmp_path)
+    code, told, _ = await weft("partners", mine, "--base", "base", "-n", "2", "--predictor", fond)
+    assert code == 0 and told["data"]["compared"] == 7
+    assert len({p["name"] for p in told["data"]["partners"]} & {"math", "code", "false"}) == 2
+
+
+def print_of(checkpoint: Checkpoint) -> Fingerprint:
+    model = measure(checkpoint)
+    structure = compute(VerifiedSource(checkpoint, model.leaves))
+    return Fingerprint(model_id=model.manifest.model_id, structure=structure, behaviour=None)
 
 
 def told_by(home: Home) -> Any:
