@@ -110,6 +110,7 @@ def partners(
         "expert": candidate_data(mine),
         "base": candidate_data(known) if known else None,
         "compared": compared,
+        "missing": list(similarity.unheard([mine, *found])),
         "moved": moved + sum(candidate.moved for candidate in (mine, *found)),
         "partners": rows,
     }
@@ -214,7 +215,7 @@ def plan_auto(
     from node import app
     from node.errors import UsageError
     from node.home import Home
-    from node.selection import auto
+    from node.selection import auto, similarity
 
     if len(models) < 2:
         raise UsageError("a merge is of two models or more", hint=f"weft partners {models[0]}")
@@ -230,6 +231,7 @@ def plan_auto(
         "models": [candidate_data(candidate) for candidate in found],
         "base": candidate_data(known) if known else None,
         **advised.to_json(),
+        "missing": list(similarity.unheard(found)),
         "outcomes": heard,
         "written": [],
         "moved": sum(candidate.moved for candidate in (*found, *filter(None, [known]))),
@@ -250,6 +252,10 @@ def _advice(console: Console, data: Data, explain: bool) -> None:
         f"predicted {best['utility']:.3f} ± {best['width']:.3f} at {escape(', '.join(data['tasks']))};"
         f" {data['considered']} ways were compared"
     )
+    steps = "" if len(best["experts"]) == 2 else ", the mean over its steps"
+    out.say(f"[dim]to compare ways by{steps}; ± is what members of the predictor disagree by[/]")
+    for why in data["missing"]:
+        out.say(f"[yellow]mind:[/] {escape(why)}")
     if explain:
         rows = [
             (a["chain"], f"{a['utility']:.3f}", f"{a['width']:.3f}", f"{-a['behind']:+.3f}")
@@ -309,6 +315,8 @@ def _partners(console: Console, data: Data) -> None:
     ]
     columns = ("name", "model id", "best by", "predicted", "task cosine", "weight cosine", "JS")
     console.print(table("", columns, rows))
+    for why in data["missing"]:
+        out.say(f"[dim]{escape(why)}[/]")
     out.say(f"[dim]{data['compared']} models were compared[/]")
     moved(data["moved"])
 

@@ -91,7 +91,7 @@ def compare(candidates: Sequence[Candidate], base: Candidate | None) -> Similari
             measure.name: tuple(_cells(measure.read(row), len(candidates)) for row in found)
             for measure in MEASURES
         },
-        missing=_missing(candidates, base),
+        missing=(*([_NO_BASE] if base is None else []), *unheard(candidates)),
     )
 
 
@@ -114,11 +114,12 @@ def _cells(values: npt.NDArray[Any], count: int) -> tuple[float | None, ...]:
     return tuple(value if math.isfinite(value) else None for value in told)
 
 
-def _missing(candidates: Sequence[Candidate], base: Candidate | None) -> tuple[str, ...]:
-    """What a person should know about empty cells."""
+_NO_BASE = "no base is known: there are no task vectors to compare (--base MODEL names one)"
+
+
+def unheard(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Why the words of some are not compared, for people."""
     told = []
-    if base is None:
-        told.append("no base is known: there are no task vectors to compare (--base MODEL names one)")
     silent = [c.name for c in candidates if c.fingerprint.behaviour is None]
     if silent:
         told.append(f"nothing is known of what these say: {', '.join(silent)}")

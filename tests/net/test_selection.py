@@ -319,6 +319,7 @@ async def test_a_plan_is_made_of_what_peers_hold_and_its_recipe_merges(
     assert data["written"] == [str(written)] and not data["undecided"]
     assert data["best"]["utility"] > data["alternatives"][0]["utility"]
     assert [reason["feature"] for reason in data["reasons"]] == ["task_cosine"]
+    assert data["missing"] == ["nothing is known of what these say: math, code"]
     assert 0 < data["moved"] < 1_000_000 and not list(pair.bob.home.parents.glob("*"))
 
     text = written.read_text()
