@@ -5,9 +5,10 @@
 
 A first ranking, to be followed by the features of whole fingerprints. What merges gain grows with how little
 the task vectors of their experts have in common, as long as both come from one base: so it ranks by cosine
-of the weights less the magnitude of the cosine of the task vectors. Where the base is not known the mean of
-all models with nearly the same weights stands for it. Experts of other shapes come after those of the same
-one, by how alike their predictions are, and those of which nothing can be compared are left out.
+of the weights less the magnitude of the cosine of the task vectors. Where the base is not known the median
+of all models with nearly the same weights stands for it, which few that were made up do not move. Experts of
+other shapes come after those of the same one, by how alike their predictions are, and those of which nothing
+can be compared are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 _KIN = 0.9
 """Cosine of weights above which two models are taken to come from one base: unrelated ones are near 0."""
 _FEWEST = 3
-"""Kin that have to be known before their mean stands for a base."""
+"""Kin that have to be known before their median stands for a base."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ class Index:
         if base is not None and base.shapes == mini.shapes:
             origin = base.sketch
         elif len(kin) >= _FEWEST:
-            origin = self._sketches[kin].mean(axis=0)
+            origin = np.median(self._sketches[kin], axis=0)
         else:
             return weights, task
         task[kin] = _cosines(self._sketches[kin] - origin, mini.sketch - origin)
