@@ -48,7 +48,8 @@ class RecordGossip(Generic[T]):
         self._clock = clock
         self._topic = f"/weft/{book.network}/{book.kind.name}/1"
         self._protocol = f"/weft/{book.kind.name}/1"
-        self._joined: asyncio.Queue[PeerId] = asyncio.Queue()
+        self._wanted: asyncio.Queue[PeerId] = asyncio.Queue()
+        self._asking: set[PeerId] = set()
 
     def start(self) -> None:
         """Listen to what peers say; call it before any of them is dialled."""
@@ -65,17 +66,23 @@ class RecordGossip(Generic[T]):
         async with asyncio.TaskGroup() as group:
             group.create_task(self._again(sleep))
             while True:
-                group.create_task(self._ask(await self._joined.get()))
+                group.create_task(self._ask(await self._wanted.get()))
 
     async def _again(self, sleep: Sleep) -> None:
         while True:
             await sleep(ASK_AGAIN)
             for info in self._network.peers():
-                await self._ask(info.peer)
+                self._want(info.peer)
 
     def _notice(self, event: PeerEvent) -> None:
         if event.change is Change.JOINED:
-            self._joined.put_nowait(event.peer)
+            self._want(event.peer)
+
+    def _want(self, peer: PeerId) -> None:
+        """Have a peer asked, once at a time, however often it comes and goes."""
+        if peer not in self._asking:
+            self._asking.add(peer)
+            self._wanted.put_nowait(peer)
 
     def _validate(self, author: PeerId, data: bytes) -> Verdict:
         if author == self._key.peer_id:
@@ -100,20 +107,22 @@ class RecordGossip(Generic[T]):
 
     async def _ask(self, peer: PeerId) -> None:
         """Take every record that a peer knows; a peer that answers nonsense is left alone."""
-        after: str | None = ""
+        after = ""
         try:
             for _ in range(MAX_PAGES):
                 request = canonical({"network": self.book.network, "after": after})
                 reply = await self._network.request(peer, self._protocol, request, deadline=DEADLINE)
-                records, after = _read(reply)
+                records, after = _read(reply, after)
                 for data in records:
                     if self.book.admit(data, self._clock()) is Outcome.MALFORMED:
                         raise PeerError("a record that is none")
                     await asyncio.sleep(0)  # a page takes long enough for others to want their turn
-                if after is None:
+                if not after:
                     return
         except WeftError as error:
             log.info("peer %s told no %s: %s", peer.short, self.book.kind.name, error)
+        finally:
+            self._asking.discard(peer)
 
 
 def _page(listed: Sequence[tuple[str, bytes]]) -> bytes:
@@ -130,11 +139,14 @@ def _page(listed: Sequence[tuple[str, bytes]]) -> bytes:
     return canonical({"records": chosen, "next": last})
 
 
-def _read(reply: bytes) -> tuple[list[bytes], str | None]:
-    """A page as a peer sent it; raises PeerError."""
+def _read(reply: bytes, after: str) -> tuple[list[bytes], str]:
+    """A page as a peer sent it, and the place of the next one, empty after the last; raises PeerError."""
     try:
         value = text.fields(parse_canonical(reply), {"records", "next"})
         records = [Envelope.from_json(item).to_bytes() for item in value["records"]]
-        return records, None if value["next"] is None else text.text(value["next"], 80, "a place")
+        place = "" if value["next"] is None else text.text(value["next"], 80, "a place")
+        if place and place <= after:
+            raise ValueError("the next page is no later one")
+        return records, place
     except (ValueError, TypeError, RecursionError, VerificationFailed) as error:
         raise PeerError(f"the peer's records cannot be read: {error}") from error

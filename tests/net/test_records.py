@@ -17,6 +17,7 @@ from node.domain.reasons import Reason
 from node.errors import Refused
 from node.identity.envelopes import Envelope, seal
 from node.identity.keys import HostKey
+from node.network.base import Verdict
 from node.network.memory import Fabric, MemoryNetwork
 from node.records.book import MAX_RECORD, Judgement, Kind, Outcome, RecordBook, leaving, read
 from node.records.gossip import RecordGossip
@@ -169,3 +170,43 @@ def test_everybody_hears_and_a_newcomer_asks_for_what_was_said_before(tmp_path: 
 
     asyncio.run(story())
     assert books[0].envelopes() == books[1].envelopes() == books[2].envelopes()
+
+
+def test_a_peer_whose_pages_do_not_move_on_is_left_alone(tmp_path: Path) -> None:
+    asked: list[bytes] = []
+
+    async def again(peer: PeerId, payload: bytes) -> bytes:
+        asked.append(payload)
+        return canonical({"records": [], "next": "a place"})
+
+    async def ignore(author: PeerId, data: bytes) -> None:
+        raise AssertionError("nothing was said")
+
+    async def story() -> None:
+        fabric = Fabric(seed=4)
+        async with AsyncExitStack() as stack:
+            mine, theirs = (MemoryNetwork(fabric, key.peer_id) for key in KEYS[:2])
+            gossip = RecordGossip(mine, book(tmp_path), KEYS[0], clock=lambda: NOW)
+            gossip.start()
+            theirs.subscribe("/weft/test/numbers/1", lambda author, data: Verdict.IGNORE, ignore)
+            theirs.handle("/weft/numbers/1", again)
+            for network in (mine, theirs):
+                await stack.enter_async_context(network)
+            begun, due = asyncio.Event(), asyncio.Event()
+
+            async def sleep(seconds: float) -> None:
+                begun.set()
+                await due.wait()
+                due.clear()
+
+            task = asyncio.create_task(gossip.run(sleep))
+            stack.callback(task.cancel)
+            await mine.connect(theirs.addresses()[0])
+            await until(lambda: len(asked) == 2)
+            await begun.wait()
+            due.set()
+            await until(lambda: len(asked) == 4)  # everybody is asked again now and then
+            await asyncio.gather(*(asyncio.to_thread(lambda: None) for _ in range(20)))
+            assert len(asked) == 4
+
+    asyncio.run(story())
