@@ -74,7 +74,7 @@ bench-bandit: setup
 	@$(BIN)/python tests/bench/bandit.py
 
 predictor: setup
-	@$(BIN)/python tests/bench/simmerge.py --write merge_core/simmerge/predictor.safetensors
+	@$(BIN)/python tests/bench/simmerge.py --write merge_core/simmerge/choosing/predictor.safetensors
 
 conformance: setup
 	@$(BIN)/python -m pytest -q -m "" tests/conformance

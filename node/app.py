@@ -29,8 +29,8 @@ from node.identity.keyring import Identity
 if TYPE_CHECKING:
     from merge_core.digest import ModelId
     from merge_core.recipe import Recipe
-    from merge_core.simmerge.outcomes import Outcome
-    from merge_core.simmerge.predictor import Predictor
+    from merge_core.simmerge.choosing.outcomes import Outcome
+    from merge_core.simmerge.choosing.predictor import Predictor
     from node.catalog.hashes import HashCache
     from node.catalog.shelf import Added, Shelf
     from node.config import Config
@@ -275,7 +275,7 @@ def candidates(
 
 
 def _here(home: Home, probes: str | None, silent: Callable[[Path, str], None]) -> Here:
-    from merge_core.simmerge.probes import find
+    from merge_core.simmerge.functional.probes import find
     from node import config
     from node.catalog.sketching import sketch_in_worker
     from node.selection.here import Here
@@ -330,7 +330,7 @@ def partners(
 def predictor(path: Path | None) -> Predictor:
     """What was learned of merges: in a file, else what ships. Raises CorruptCheckpoint, LocalError."""
     from merge_core.checkpoint.published import read_bounded
-    from merge_core.simmerge import predictor as learned
+    from merge_core.simmerge.choosing import predictor as learned
 
     if path is None:
         return learned.default()
@@ -342,8 +342,8 @@ def predictor(path: Path | None) -> Predictor:
 
 def informed(home: Home, predictor: Predictor) -> tuple[Predictor, int]:
     """The predictor, corrected by the outcomes that a running node knows, and how many those are."""
-    from merge_core.simmerge.bandit import Bandit
-    from merge_core.simmerge.outcomes import Outcome
+    from merge_core.simmerge.choosing.bandit import Bandit
+    from merge_core.simmerge.choosing.outcomes import Outcome
     from node.control.client import ControlClient
     from node.selection.informed import Informed
 
@@ -412,7 +412,7 @@ def _candidate(message: Any) -> Candidate:
 
 def _probes(reference: str) -> str:
     """A probe set as a worker finds it, wherever that stands; raises InvalidTask."""
-    from merge_core.simmerge import probes
+    from merge_core.simmerge.functional import probes
 
     probes.find(reference)
     return str(Path(reference).absolute()) if reference.endswith(".jsonl") else reference

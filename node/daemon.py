@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from merge_core.simmerge import probes
+from merge_core.simmerge.functional import probes
 from node import config
 from node.catalog.book import AdvertBook
 from node.catalog.expert import Origin

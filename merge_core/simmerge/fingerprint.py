@@ -18,9 +18,9 @@ import numpy.typing as npt
 from merge_core.digest import Digest, ModelId, check_version, sha256
 from merge_core.errors import CorruptCheckpoint
 from merge_core.simmerge import container
-from merge_core.simmerge.behaviour import Behaviour
 from merge_core.simmerge.container import Arrays
-from merge_core.simmerge.structure import Structure
+from merge_core.simmerge.functional.behaviour import Behaviour
+from merge_core.simmerge.structural.structure import Structure
 
 VERSION = 2
 MAX_FINGERPRINT = 256 << 10

@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from merge_core.digest import Digest, ModelId, canonical, sha256
 from merge_core.errors import CorruptCheckpoint
-from merge_core.simmerge import sketch
-from merge_core.simmerge.behaviour import Behaviour
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.structure import Group, Structure
+from merge_core.simmerge.functional.behaviour import Behaviour
+from merge_core.simmerge.structural import sketch
+from merge_core.simmerge.structural.structure import Group, Structure
 
 MAX_MINI = 1 << 10
 WIDTH = 128

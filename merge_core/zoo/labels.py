@@ -26,7 +26,7 @@ from merge_core.checkpoint.published import read_bounded
 from merge_core.digest import sha256
 from merge_core.evaluation.tasks import MAX_ITEMS, Task
 from merge_core.recipe import parse
-from merge_core.simmerge.chains import OPERATORS, Chain, chains
+from merge_core.simmerge.choosing.chains import OPERATORS, Chain, chains
 from merge_core.zoo.catalogue import ROLES, Catalogue, items
 from merge_core.zoo.tasks import task
 from merge_core.zoo.threads import one_thread_each

@@ -10,7 +10,7 @@ own continuation did, or the answers themselves.
 
 from __future__ import annotations
 
-from merge_core.simmerge.probes import Probe, ProbeSet
+from merge_core.simmerge.functional.probes import Probe, ProbeSet
 from merge_core.zoo.domains import DOMAINS, items
 
 _DOMAINS = ("rev", "sort", "brk", "swap", "rot")

@@ -20,7 +20,7 @@ from node.domain.ids import PeerId
 from node.domain.reasons import Reason
 from node.errors import PeerError, Refused, VerificationFailed
 from node.network.base import Network
-from node.provenance.sketch import MAX_SIGNED, SignedFingerprint
+from node.provenance.fingerprint import MAX_SIGNED, SignedFingerprint
 
 SKETCHES = "/weft/sketches/2"
 WHOLE = "/weft/fingerprint/2"

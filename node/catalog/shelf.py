@@ -62,7 +62,7 @@ from node.errors import LocalError, Refused, VerificationFailed, of_system
 from node.identity.binding import MAX_BINDING, Binding
 from node.identity.keyring import Identity
 from node.provenance import attest, oms
-from node.provenance.sketch import SignedFingerprint, sign
+from node.provenance.fingerprint import SignedFingerprint, sign
 
 _HIDDEN = (".partial-", ".removed-")
 

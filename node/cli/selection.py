@@ -123,7 +123,7 @@ def outcome(
     predictor: Learned = None,
 ) -> None:
     """Measure what a merge turned out to be worth, and tell the network: later plans are better for it."""
-    from merge_core.simmerge.outcomes import UNIT
+    from merge_core.simmerge.choosing.outcomes import UNIT
     from node import app
     from node.errors import UsageError
     from node.home import Home
@@ -151,7 +151,7 @@ def outcome(
 
 def outcomes() -> None:
     """List what merges turned out to be worth, as peers and this node have measured them."""
-    from merge_core.simmerge.outcomes import UNIT, Outcome
+    from merge_core.simmerge.choosing.outcomes import UNIT, Outcome
     from node.cli import follow
     from node.home import Home
 

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from merge_core.errors import CorruptCheckpoint
+from merge_core.simmerge.choosing.outcomes import Outcome
 from merge_core.simmerge.index import Index
 from merge_core.simmerge.mini import Mini
-from merge_core.simmerge.outcomes import Outcome
 from node.control import views
 from node.domain.ids import PeerId
 from node.errors import UsageError, WeftError

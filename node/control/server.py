@@ -24,7 +24,7 @@ from merge_core.digest import Digest
 from merge_core.errors import MergeCoreError
 from merge_core.evolution.genome import Shape
 from merge_core.evolution.record import MAX_TASKS
-from merge_core.simmerge.outcomes import Outcome
+from merge_core.simmerge.choosing.outcomes import Outcome
 from node.catalog.book import AdvertBook, Query
 from node.catalog.gossip import Gossip
 from node.catalog.shelf import Shelf

@@ -21,7 +21,7 @@ from node.domain.holding import ModelRef
 from node.domain.ids import PeerId
 from node.errors import NotEnoughPeers, PeerError, Refused, Unreachable, VerificationFailed, WeftError
 from node.exchange.holder import Holder
-from node.provenance.sketch import MAX_SIGNED, SignedFingerprint
+from node.provenance.fingerprint import MAX_SIGNED, SignedFingerprint
 
 PIECE_DEADLINE = 15.0
 """Seconds to wait for the next piece of something small."""

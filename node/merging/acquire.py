@@ -33,7 +33,7 @@ from node.merging.canvass import canvass
 from node.merging.overlay import ENOUGH, Overlay
 from node.merging.terms import Offered, by_publisher, licence_of
 from node.merging.vetting import Vetting
-from node.provenance.sketch import SignedFingerprint
+from node.provenance.fingerprint import SignedFingerprint
 
 MAX_SHOWN = 32
 """Fingerprints of one publisher's model that are looked at: a name to advertise under costs nothing."""

@@ -18,7 +18,7 @@ from typing import Any
 from merge_core.checkpoint.published import MANIFEST_FILE
 from merge_core.digest import Digest, ModelId
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.structure import Structure, first_difference
+from merge_core.simmerge.structural.structure import Structure, first_difference
 from node.catalog import sketching
 from node.catalog.shelf import Measurable
 from node.domain.ids import PeerId
@@ -26,7 +26,7 @@ from node.errors import FalseFingerprint, KnownFalse, VerificationFailed
 from node.exchange.fetch import Fetched
 from node.provenance import fault
 from node.provenance.fault import Fault
-from node.provenance.sketch import SignedFingerprint
+from node.provenance.fingerprint import SignedFingerprint
 from node.records.book import Judgement, RecordBook
 
 Measure = Callable[[Measurable], Awaitable[Structure]]

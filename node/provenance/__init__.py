@@ -12,7 +12,7 @@ verify      the green and red list over all of these
 lineage     the tree of ancestors that the statements span
 audit       the verdict of somebody who ran the merge again (VSA), kept beside the model
 measurement weft.evaluations.jsonl: what somebody measured of the model, line by line
-sketch      a fingerprint, and what its author swears to
+fingerprint a fingerprint, and what its author swears to
 fault       a fingerprint that the weights do not have: evidence that anybody can check
 proven      a statement and its signer's record as one line
 files       records on disk: bounded, no links

@@ -16,7 +16,7 @@ from merge_core.digest import Digest
 from node.domain import text
 from node.domain.ids import PeerId
 from node.errors import VerificationFailed
-from node.provenance.sketch import SignedFingerprint, Sworn
+from node.provenance.fingerprint import SignedFingerprint, Sworn
 from node.records.book import Judgement, Kind, Record, RecordBook
 
 

@@ -1,7 +1,7 @@
 """What to merge, how and in which order, told from fingerprints: `weft plan --auto`.
 
-The chains are those of merge_core.simmerge.plans; here they get the names that people know, recipes that
-anybody can run, and the words that go with them.
+The chains are those of merge_core.simmerge.choosing.plans; here they get the names that people know,
+recipes that anybody can run, and the words that go with them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from merge_core import recipe as recipes
 from merge_core.errors import Unmergeable
-from merge_core.simmerge.chains import Chain
-from merge_core.simmerge.forecast import Scored
-from merge_core.simmerge.plans import Advice, advise
-from merge_core.simmerge.predictor import Predictor
+from merge_core.simmerge.choosing.chains import Chain
+from merge_core.simmerge.choosing.forecast import Scored
+from merge_core.simmerge.choosing.plans import Advice, advise
+from merge_core.simmerge.choosing.predictor import Predictor
 from node.domain import text
 from node.selection.candidate import Candidate
 

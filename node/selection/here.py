@@ -17,12 +17,12 @@ from merge_core.checkpoint.reader import Checkpoint, Measured
 from merge_core.digest import Digest, canonical, sha256
 from merge_core.errors import CorruptCheckpoint
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.probes import ProbeSet
+from merge_core.simmerge.functional.probes import ProbeSet
 from node.catalog.expert import FINGERPRINT
 from node.catalog.hashes import HashCache
 from node.catalog.shelf import Measurable, Shelf, Sketch
 from node.merging.references import LocalDirectory, Published, parse_reference
-from node.provenance.sketch import SignedFingerprint
+from node.provenance.fingerprint import SignedFingerprint
 from node.selection.candidate import Candidate
 
 MAX_KEPT = 256

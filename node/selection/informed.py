@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.simmerge.bandit import Bandit
-from merge_core.simmerge.predictor import UNIT, Prediction, Predictor
+from merge_core.simmerge.choosing.bandit import Bandit
+from merge_core.simmerge.choosing.predictor import UNIT, Prediction, Predictor
 
 MOST = 0.1
 """What outcomes correct a prediction by at most, in shares of right answers."""

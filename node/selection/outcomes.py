@@ -14,11 +14,11 @@ from typing import Any
 from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
 from merge_core.errors import CorruptCheckpoint, Unmergeable
 from merge_core.plan import MergePlan
-from merge_core.simmerge.bandit import Bandit
-from merge_core.simmerge.features import NAMES
-from merge_core.simmerge.outcomes import UNIT, Outcome
-from merge_core.simmerge.predictor import Predictor
-from merge_core.simmerge.survey import Survey
+from merge_core.simmerge.choosing.bandit import Bandit
+from merge_core.simmerge.choosing.outcomes import UNIT, Outcome
+from merge_core.simmerge.choosing.predictor import Predictor
+from merge_core.simmerge.pairs.features import NAMES
+from merge_core.simmerge.pairs.survey import Survey
 from node.domain.ids import PeerId
 from node.records.book import Judgement, Kind, Record, RecordBook
 from node.selection.candidate import Candidate

@@ -21,7 +21,7 @@ from node.errors import NotEnoughPeers, PeerError, Refused, Unreachable, WeftErr
 from node.merging.canvass import Pace, canvass
 from node.merging.references import LocalDirectory, Published, parse_reference
 from node.merging.terms import by_publisher
-from node.provenance.sketch import SignedFingerprint
+from node.provenance.fingerprint import SignedFingerprint
 from node.selection.candidate import Candidate
 
 MAX_MINIS = 20_000

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.simmerge.divergence import PAIR, FunctionalStatistics, nothing
-from merge_core.simmerge.panel import Panel, estimated
-from merge_core.simmerge.statistics import OVERALL, PairStatistics, StructuralStatistics
-from merge_core.simmerge.structure_panel import StructurePanel
+from merge_core.simmerge.pairs.behaviours import Panel, estimated
+from merge_core.simmerge.pairs.divergence import PAIR, FunctionalStatistics, nothing
+from merge_core.simmerge.pairs.statistics import OVERALL, PairStatistics, StructuralStatistics
+from merge_core.simmerge.pairs.structures import StructurePanel
 from node.selection.candidate import Candidate
 
 Cells = tuple[tuple[float | None, ...], ...]

@@ -44,8 +44,8 @@ from node.worker.messages import Emit
 
 if TYPE_CHECKING:
     from merge_core.execute import Material
-    from merge_core.simmerge.behaviour import Behaviour
-    from merge_core.simmerge.probes import ProbeSet
+    from merge_core.simmerge.functional.behaviour import Behaviour
+    from merge_core.simmerge.functional.probes import ProbeSet
 
 _MAX_LISTED = 1_000
 
@@ -92,9 +92,9 @@ def fingerprint(request: Request, emit: Emit) -> Result:
 
     With `probes`, a built-in set or a file, what it says to them is measured too; `silent` tells why not.
     """
-    from merge_core.simmerge import probes
     from merge_core.simmerge.fingerprint import Fingerprint
-    from merge_core.simmerge.sketcher import compute
+    from merge_core.simmerge.functional import probes
+    from merge_core.simmerge.structural.sketcher import compute
 
     asked = probes.find(request["probes"]) if request["probes"] else None
     claims = Claims(request["input"])
@@ -116,8 +116,8 @@ def _behaviour(directory: Path, asked: ProbeSet, emit: Emit) -> Behaviour:
     """What the model says to probes; raises MergeCoreError where it cannot be run here."""
     if not (directory / "tokenizer.json").is_file():  # seen at once: loading torch takes seconds
         raise Unmergeable("it has no tokenizer.json")
-    from merge_core.simmerge.behaviour import Behaviour
-    from merge_core.simmerge.probing import observe
+    from merge_core.simmerge.functional.behaviour import Behaviour
+    from merge_core.simmerge.functional.probing import observe
 
     def tell(done: int, total: int) -> None:
         emit({"kind": "progress", "what": "probe", "done": done, "total": total})

@@ -25,12 +25,12 @@ from catalogue import tell
 from simmerge import SETTINGS, TUNING, World, joined, opened
 
 from merge_core.digest import sha256
-from merge_core.simmerge.bandit import Bandit
-from merge_core.simmerge.chains import OPERATORS
-from merge_core.simmerge.features import NAMES
-from merge_core.simmerge.outcomes import Outcome
-from merge_core.simmerge.predictor import Predictor
-from merge_core.simmerge.training import Cells, train
+from merge_core.simmerge.choosing.bandit import Bandit
+from merge_core.simmerge.choosing.chains import OPERATORS
+from merge_core.simmerge.choosing.outcomes import Outcome
+from merge_core.simmerge.choosing.predictor import Predictor
+from merge_core.simmerge.choosing.training import Cells, train
+from merge_core.simmerge.pairs.features import NAMES
 from merge_core.zoo.threads import one_thread_each
 
 LENGTH = 200

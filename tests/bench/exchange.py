@@ -31,7 +31,7 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import Digest, ModelId
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.structural.sketcher import compute
 from node.catalog.shelf import Measurable, Shelf, Sketched
 from node.domain.ids import PeerId
 from node.exchange.fetch import fetch

@@ -36,16 +36,21 @@ from checkpoints import BASE, MEDIUM, Shape
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.digest import ModelId, sha256
 from merge_core.evolution.mapped import MappedSource
-from merge_core.simmerge import divergence, matching, panel, probes, probing
-from merge_core.simmerge.behaviour import Behaviour, Observation
-from merge_core.simmerge.exact import compare
-from merge_core.simmerge.features import NAMES, vector
 from merge_core.simmerge.fingerprint import Fingerprint
+from merge_core.simmerge.functional import probes, probing
+from merge_core.simmerge.functional.behaviour import Behaviour, Observation
 from merge_core.simmerge.index import Index
 from merge_core.simmerge.mini import Mini
-from merge_core.simmerge.sketcher import compute
-from merge_core.simmerge.statistics import OVERALL, PairStatistics, StructuralStatistics
-from merge_core.simmerge.structure import (
+from merge_core.simmerge.pairs import behaviours as panel
+from merge_core.simmerge.pairs import compiled as matching
+from merge_core.simmerge.pairs import divergence
+from merge_core.simmerge.pairs.exact import compare
+from merge_core.simmerge.pairs.features import NAMES, vector
+from merge_core.simmerge.pairs.statistics import OVERALL, PairStatistics, StructuralStatistics
+from merge_core.simmerge.pairs.structures import StructurePanel
+from merge_core.simmerge.pairs.survey import Survey
+from merge_core.simmerge.structural.sketcher import compute
+from merge_core.simmerge.structural.structure import (
     GROUPS,
     WIDTH,
     Group,
@@ -55,8 +60,6 @@ from merge_core.simmerge.structure import (
     layer_rows,
     sampled,
 )
-from merge_core.simmerge.structure_panel import StructurePanel
-from merge_core.simmerge.survey import Survey
 from merge_core.zoo.recipes import RECIPES
 from merge_core.zoo.threads import one_thread_each
 from node.worker import process

@@ -1,7 +1,7 @@
 """Can the best merge be told beforehand? Predict what operators are worth from fingerprints, and compare.
 
     python tests/bench/simmerge.py --seeds 20 21 22
-    python tests/bench/simmerge.py --write merge_core/simmerge/predictor.safetensors       (make predictor)
+    python tests/bench/simmerge.py --write FILE         what `make predictor` does
 
 The story goes to stderr; the last line of stdout is one JSON object. Catalogues are trained and labelled as
 by catalogue.py, with a sample of chains of three and four experts; features come from fingerprints, as a node
@@ -35,17 +35,17 @@ from catalogue import BOOTSTRAP_SEED, Floats, Marks, counts, marks_of, tell, uti
 
 from merge_core.checkpoint.reader import Checkpoint, measure
 from merge_core.evolution.mapped import MappedSource
-from merge_core.simmerge import probes
-from merge_core.simmerge.behaviour import Behaviour
-from merge_core.simmerge.chains import OPERATORS, Chain
-from merge_core.simmerge.features import GROUP_OF, NAMES
+from merge_core.simmerge.choosing.chains import OPERATORS, Chain
+from merge_core.simmerge.choosing.forecast import Forecast
+from merge_core.simmerge.choosing.predictor import Predictor
+from merge_core.simmerge.choosing.training import Cells, Training, train, train_folds
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.forecast import Forecast
-from merge_core.simmerge.predictor import Predictor
-from merge_core.simmerge.probing import observe
-from merge_core.simmerge.sketcher import compute
-from merge_core.simmerge.survey import Survey
-from merge_core.simmerge.training import Cells, Training, train, train_folds
+from merge_core.simmerge.functional import probes
+from merge_core.simmerge.functional.behaviour import Behaviour
+from merge_core.simmerge.functional.probing import observe
+from merge_core.simmerge.pairs.features import GROUP_OF, NAMES
+from merge_core.simmerge.pairs.survey import Survey
+from merge_core.simmerge.structural.sketcher import compute
 from merge_core.zoo import labels as labelling
 from merge_core.zoo.catalogue import Catalogue, open_catalogue
 from merge_core.zoo.labels import JUDGED, Chained, Labels, measure_chains, sampled

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_core.digest import sha256
-from merge_core.simmerge.bandit import Bandit, Settings
-from merge_core.simmerge.outcomes import Outcome
-from merge_core.simmerge.predictor import Layer, Predictor
+from merge_core.simmerge.choosing.bandit import Bandit, Settings
+from merge_core.simmerge.choosing.outcomes import Outcome
+from merge_core.simmerge.choosing.predictor import Layer, Predictor
 
 NAMES = ("cosine", "kl")
 KNOWN = ("linear", "ties")

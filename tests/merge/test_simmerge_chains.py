@@ -3,7 +3,7 @@
 import pytest
 
 from merge_core.recipe import parse
-from merge_core.simmerge.chains import OPERATORS, Chain, chains
+from merge_core.simmerge.choosing.chains import OPERATORS, Chain, chains
 
 
 def test_every_chain_comes_once_and_the_first_two_in_one_order() -> None:

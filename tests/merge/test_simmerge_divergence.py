@@ -11,11 +11,11 @@ import pytest
 
 from merge_core.digest import sha256
 from merge_core.errors import Unmergeable
-from merge_core.simmerge.behaviour import FLOOR, MAX_BEHAVIOUR, Behaviour, Observation
-from merge_core.simmerge.divergence import MODEL, PAIR, measured
-from merge_core.simmerge.features import DEV_SCORES, GROUP_OF, NAMES, PROBE_LOSS, DevScores, vector
-from merge_core.simmerge.panel import Panel, compare, estimated
-from merge_core.simmerge.statistics import COLUMNS, PairStatistics, StructuralStatistics
+from merge_core.simmerge.functional.behaviour import FLOOR, MAX_BEHAVIOUR, Behaviour, Observation
+from merge_core.simmerge.pairs.behaviours import Panel, compare, estimated
+from merge_core.simmerge.pairs.divergence import MODEL, PAIR, measured
+from merge_core.simmerge.pairs.features import DEV_SCORES, GROUP_OF, NAMES, PROBE_LOSS, DevScores, vector
+from merge_core.simmerge.pairs.statistics import COLUMNS, PairStatistics, StructuralStatistics
 
 POSITIONS, VOCABULARY = 60, 40
 
@@ -194,7 +194,7 @@ def test_one_task_alone_is_that_task_of_all(family: list[Observation]) -> None:
 def test_what_is_compiled_gives_what_the_formulas_give(
     family: list[Observation], based: bool, vocabulary: int
 ) -> None:
-    from merge_core.simmerge import matching
+    from merge_core.simmerge.pairs import compiled as matching
 
     cut = [replace(one, logp=one.logp[:, :vocabulary]) for one in family]
     cut = [replace(one, logp=one.logp - np.log(np.exp(one.logp).sum(1, keepdims=True))) for one in cut]

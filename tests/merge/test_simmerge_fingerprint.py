@@ -15,12 +15,12 @@ from merge_core.checkpoint.source import TensorSource
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
 from merge_core.simmerge import container
-from merge_core.simmerge.behaviour import Behaviour, Observation
 from merge_core.simmerge.fingerprint import MAX_FINGERPRINT, Fingerprint
+from merge_core.simmerge.functional.behaviour import Behaviour, Observation
 from merge_core.simmerge.index import Index
 from merge_core.simmerge.mini import MAX_MINI, WIDTH, Mini
-from merge_core.simmerge.sketcher import compute
-from merge_core.simmerge.structure import (
+from merge_core.simmerge.structural.sketcher import compute
+from merge_core.simmerge.structural.structure import (
     FEWER,
     GROUPS,
     MAX_LAYER_ROWS,
@@ -30,7 +30,7 @@ from merge_core.simmerge.structure import (
     LayerNorms,
     Structure,
 )
-from merge_core.simmerge.structure import WIDTH as SKETCH
+from merge_core.simmerge.structural.structure import WIDTH as SKETCH
 
 Hold = Callable[[Mapping[str, np.ndarray]], TensorSource]
 QUESTIONS = sha256(b"probes")

@@ -8,7 +8,7 @@ import pytest
 
 from merge_core.digest import canonical, sha256
 from merge_core.errors import CorruptCheckpoint
-from merge_core.simmerge.outcomes import MAX_OUTCOME, MAX_VALUE, UNIT, Outcome, digest_of
+from merge_core.simmerge.choosing.outcomes import MAX_OUTCOME, MAX_VALUE, UNIT, Outcome, digest_of
 
 A, B, PLAN, ITEMS = (sha256(name) for name in (b"a", b"b", b"plan", b"items"))
 NAMES = ("cosine", "kl")

@@ -13,18 +13,19 @@ from merge_core.digest import sha256
 from merge_core.errors import Unmergeable
 from merge_core.evolution.mapped import MappedSource
 from merge_core.recipe import parse
-from merge_core.simmerge import plans, probes
-from merge_core.simmerge.behaviour import Behaviour
-from merge_core.simmerge.blending import blended
-from merge_core.simmerge.chains import OPERATORS, Chain
-from merge_core.simmerge.features import NAMES
+from merge_core.simmerge.choosing import plans
+from merge_core.simmerge.choosing.blending import blended
+from merge_core.simmerge.choosing.chains import OPERATORS, Chain
+from merge_core.simmerge.choosing.forecast import Forecast
+from merge_core.simmerge.choosing.plans import advise
+from merge_core.simmerge.choosing.predictor import Layer, Predictor
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.forecast import Forecast
-from merge_core.simmerge.plans import advise
-from merge_core.simmerge.predictor import Layer, Predictor
-from merge_core.simmerge.probes import ProbeSet
-from merge_core.simmerge.probing import observe
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.functional import probes
+from merge_core.simmerge.functional.behaviour import Behaviour
+from merge_core.simmerge.functional.probes import ProbeSet
+from merge_core.simmerge.functional.probing import observe
+from merge_core.simmerge.pairs.features import NAMES
+from merge_core.simmerge.structural.sketcher import compute
 from merge_core.zoo.build import Zoo
 
 FEW = ProbeSet(name="few", probes=probes.find("zoo").probes[::8])

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from merge_core.errors import CorruptCheckpoint
-from merge_core.simmerge import chains, features, probes
-from merge_core.simmerge.predictor import MAX_WIDE, UNIT, Layer, Predictor, default
-from merge_core.simmerge.training import FEW, Cells, Training, train, train_folds
+from merge_core.simmerge.choosing import chains
+from merge_core.simmerge.choosing.predictor import MAX_WIDE, UNIT, Layer, Predictor, default
+from merge_core.simmerge.choosing.training import FEW, Cells, Training, train, train_folds
+from merge_core.simmerge.functional import probes
+from merge_core.simmerge.pairs import features
 
 NAMES = ("cosine", "kl", "noise", "score")
 OPERATORS = ("linear", "ties", "sum")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from merge_core.errors import InvalidTask
-from merge_core.simmerge import probes
-from merge_core.simmerge.probes import Probe, ProbeSet
+from merge_core.simmerge.functional import probes
+from merge_core.simmerge.functional.probes import Probe, ProbeSet
 
 
 def test_a_set_is_read_as_it_was_written_whatever_it_is_called() -> None:

@@ -24,11 +24,11 @@ from transformers import (
 
 from merge_core.errors import Unmergeable
 from merge_core.evaluation.perplexity import predict
-from merge_core.simmerge import probing
-from merge_core.simmerge.behaviour import Behaviour
-from merge_core.simmerge.divergence import PAIR, measured
-from merge_core.simmerge.probes import Probe, ProbeSet
-from merge_core.simmerge.probing import observe
+from merge_core.simmerge.functional import probing
+from merge_core.simmerge.functional.behaviour import Behaviour
+from merge_core.simmerge.functional.probes import Probe, ProbeSet
+from merge_core.simmerge.functional.probing import observe
+from merge_core.simmerge.pairs.divergence import PAIR, measured
 
 TEXT = "the cat sat on the mat and the dog lay on the rug near the old red chair by the fire"
 PROBES = ProbeSet(
@@ -160,7 +160,7 @@ def test_a_model_without_a_tokenizer_says_nothing(saved: Callable[[str], Path]) 
 
 
 def test_experts_of_the_zoo_differ_where_they_were_trained(zoo: Any) -> None:
-    from merge_core.simmerge import probes
+    from merge_core.simmerge.functional import probes
 
     asked = probes.find("zoo")
     base, rev, sort = (observe(path, asked) for path in (zoo.base, zoo.experts["rev"], zoo.experts["sort"]))

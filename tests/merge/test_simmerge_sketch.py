@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.errors import CorruptCheckpoint, Unmergeable
-from merge_core.simmerge import kernels, sketch
-from merge_core.simmerge.sketcher import Sketcher, compute
-from merge_core.simmerge.structure import FEWER, SAMPLE, WIDTH, Structure, first_difference
+from merge_core.simmerge.structural import kernels, sketch
+from merge_core.simmerge.structural.sketcher import Sketcher, compute
+from merge_core.simmerge.structural.structure import FEWER, SAMPLE, WIDTH, Structure, first_difference
 
 Arrays = dict[str, np.ndarray]
 Hold = Callable[[Mapping[str, np.ndarray]], TensorSource]

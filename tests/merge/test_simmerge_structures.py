@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from merge_core.checkpoint.source import TensorSource
-from merge_core.simmerge.exact import compare
-from merge_core.simmerge.sketcher import compute
-from merge_core.simmerge.statistics import COLUMNS, OVERALL
-from merge_core.simmerge.statistics import StructuralStatistics as Statistics
-from merge_core.simmerge.structure import GROUPS, GroupKey, Structure
-from merge_core.simmerge.structure_panel import StructurePanel
+from merge_core.simmerge.pairs.exact import compare
+from merge_core.simmerge.pairs.statistics import COLUMNS, OVERALL
+from merge_core.simmerge.pairs.statistics import StructuralStatistics as Statistics
+from merge_core.simmerge.pairs.structures import StructurePanel
+from merge_core.simmerge.structural.sketcher import compute
+from merge_core.simmerge.structural.structure import GROUPS, GroupKey, Structure
 
 Arrays = dict[str, np.ndarray]
 Hold = Callable[[Mapping[str, np.ndarray]], TensorSource]

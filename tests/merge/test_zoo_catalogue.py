@@ -12,7 +12,7 @@ from merge_core.errors import CorruptCheckpoint
 from merge_core.evaluation.loading import load_model, load_tokenizer
 from merge_core.evaluation.scoring import score
 from merge_core.evolution.fitness import refuse_shared
-from merge_core.simmerge.chains import OPERATORS, Chain
+from merge_core.simmerge.choosing.chains import OPERATORS, Chain
 from merge_core.zoo import labels
 from merge_core.zoo.build import Zoo
 from merge_core.zoo.catalogue import ROLES, Catalogue, items, open_catalogue

@@ -16,7 +16,7 @@ from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import Digest, ModelId
 from merge_core.errors import CorruptCheckpoint, InvalidRecipe
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.structural.sketcher import compute
 from node import app, daemon
 from node.catalog.book import Outcome
 from node.catalog.expert import FINGERPRINT

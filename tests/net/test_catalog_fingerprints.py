@@ -19,7 +19,7 @@ from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import canonical, sha256
 from merge_core.simmerge.fingerprint import Fingerprint
 from merge_core.simmerge.mini import Mini
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.structural.sketcher import compute
 from node.catalog.expert import FINGERPRINT, Expert
 from node.catalog.fingerprint_cache import LEAST, FingerprintCache
 from node.catalog.fingerprints import SKETCHES, WHOLE, Fingerprints, Known
@@ -32,7 +32,7 @@ from node.identity import keyring
 from node.identity.envelopes import pae
 from node.identity.keyring import Identity
 from node.network.memory import Fabric, MemoryNetwork
-from node.provenance.sketch import MAX_SIGNED, PAYLOAD_TYPE, SignedFingerprint
+from node.provenance.fingerprint import MAX_SIGNED, PAYLOAD_TYPE, SignedFingerprint
 
 NOW = 1_760_000_000.0
 

@@ -20,7 +20,7 @@ from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import CorruptCheckpoint
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.structural.sketcher import compute
 from node.catalog.expert import FINGERPRINT, SKETCH, Origin
 from node.catalog.hashes import HashCache
 from node.catalog.shelf import Added, Measurable, Shelf, Sketched

@@ -19,7 +19,7 @@ from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.evolution.genome import Shape
 from merge_core.evolution.record import SearchRecord
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.structural.sketcher import compute
 from node import app, daemon
 from node.catalog.shelf import Measurable, Sketched
 from node.config import Config

@@ -13,11 +13,11 @@ import pytest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.digest import Digest, sha256
 from merge_core.errors import Unmergeable
-from merge_core.simmerge.bandit import Bandit
+from merge_core.simmerge.choosing.bandit import Bandit
+from merge_core.simmerge.choosing.outcomes import UNIT, Outcome, digest_of
+from merge_core.simmerge.choosing.predictor import Layer, Predictor
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.outcomes import UNIT, Outcome, digest_of
-from merge_core.simmerge.predictor import Layer, Predictor
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.structural.sketcher import compute
 from node.identity.keys import HostKey
 from node.records.book import MAX_RECORD, Judgement, RecordBook
 from node.records.book import Outcome as Admitted

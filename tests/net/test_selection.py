@@ -20,12 +20,12 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource, measure
 from merge_core.digest import ModelId, sha256
 from merge_core.errors import InvalidRecipe
+from merge_core.simmerge.choosing.outcomes import Outcome as Measured
+from merge_core.simmerge.choosing.predictor import Layer, Predictor
 from merge_core.simmerge.fingerprint import Fingerprint
 from merge_core.simmerge.index import Index
 from merge_core.simmerge.mini import Mini
-from merge_core.simmerge.outcomes import Outcome as Measured
-from merge_core.simmerge.predictor import Layer, Predictor
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.structural.sketcher import compute
 from node import app, daemon
 from node.catalog.book import Outcome
 from node.catalog.fingerprint_cache import FingerprintCache

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from merge_core.simmerge.chains import OPERATORS, Chain
+from merge_core.simmerge.choosing.chains import OPERATORS, Chain
 from node import app
 from node.cli import follow, main
 from node.config import Config

@@ -18,8 +18,8 @@ from merge_core.checkpoint.reader import Checkpoint, Measured, VerifiedSource, m
 from merge_core.digest import Digest, sha256
 from merge_core.simmerge.fingerprint import Fingerprint
 from merge_core.simmerge.mini import Mini
-from merge_core.simmerge.sketcher import compute
-from merge_core.simmerge.structure import Structure
+from merge_core.simmerge.structural.sketcher import compute
+from merge_core.simmerge.structural.structure import Structure
 from node.catalog.book import Listing
 from node.catalog.shelf import Measurable
 from node.domain.advert import AdvertisedModel
@@ -32,7 +32,7 @@ from node.merging import acquire
 from node.merging.terms import Offered
 from node.merging.vetting import Vetting
 from node.provenance.fault import FAULTS, Fault, Standing, accusations, between
-from node.provenance.sketch import SignedFingerprint, sign
+from node.provenance.fingerprint import SignedFingerprint, sign
 from node.records.book import Outcome, RecordBook
 from node.store import Store
 

@@ -14,7 +14,7 @@ from merge_core.checkpoint.manifest import LeafTable, Manifest
 from merge_core.checkpoint.reader import Checkpoint, VerifiedSource
 from merge_core.digest import ModelId
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.sketcher import compute
+from merge_core.simmerge.structural.sketcher import compute
 from node.catalog.expert import Expert
 from node.catalog.fingerprint_cache import FingerprintCache
 from node.catalog.fingerprints import Known

@@ -25,7 +25,7 @@ from node.exchange.partial import folder_of
 from node.exchange.schedule import Patience
 from node.peer.server import PeerServer, Piece
 from node.provenance import oms
-from node.provenance.sketch import SignedFingerprint
+from node.provenance.fingerprint import SignedFingerprint
 
 pytestmark = pytest.mark.anyio
 BRISK = Patience(floor=0.3, initial=0.5, ceiling=1.0, rest=0.05)

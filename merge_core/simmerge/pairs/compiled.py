@@ -20,9 +20,9 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.simmerge.behaviour import TOP
-from merge_core.simmerge.divergence import NEEDS_BASE, PAIR, Floats
-from merge_core.simmerge.panel import Top
+from merge_core.simmerge.functional.behaviour import TOP
+from merge_core.simmerge.pairs.behaviours import Top
+from merge_core.simmerge.pairs.divergence import NEEDS_BASE, PAIR, Floats
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -23,7 +23,7 @@ from merge_core.checkpoint import dtypes
 from merge_core.checkpoint.layout import Role, place
 from merge_core.checkpoint.source import TensorInfo
 from merge_core.digest import Digest, canonical, sha256
-from merge_core.simmerge.sketch import WIDTH
+from merge_core.simmerge.structural.sketch import WIDTH
 
 Floats = npt.NDArray[np.float32]
 

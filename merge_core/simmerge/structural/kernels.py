@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from numba.extending import overload
 
-from merge_core.simmerge.sketch import BLOCK, HIGH, LARGEST, LOW, WIDTH, Sums, signs, widened
+from merge_core.simmerge.structural.sketch import BLOCK, HIGH, LARGEST, LOW, WIDTH, Sums, signs, widened
 
 F = TypeVar("F", bound=Callable[..., Any])
 

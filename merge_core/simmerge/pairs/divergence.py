@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.errors import Unmergeable
-from merge_core.simmerge.behaviour import Observation
+from merge_core.simmerge.functional.behaviour import Observation
 
 Floats = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

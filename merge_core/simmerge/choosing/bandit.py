@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.digest import Digest, canonical, sha256
-from merge_core.simmerge import container, outcomes
-from merge_core.simmerge.outcomes import Outcome, digest_of
-from merge_core.simmerge.predictor import UNIT, Predictor
+from merge_core.simmerge import container
+from merge_core.simmerge.choosing import outcomes
+from merge_core.simmerge.choosing.outcomes import Outcome, digest_of
+from merge_core.simmerge.choosing.predictor import UNIT, Predictor
 
 Integers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.simmerge.divergence import FunctionalStatistics
-from merge_core.simmerge.structure import GROUPS
+from merge_core.simmerge.pairs.divergence import FunctionalStatistics
+from merge_core.simmerge.structural.structure import GROUPS
 
 Floats = npt.NDArray[np.float64]
 

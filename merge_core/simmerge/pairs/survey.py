@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.digest import Digest
-from merge_core.simmerge.behaviour import Behaviour
-from merge_core.simmerge.divergence import nothing
-from merge_core.simmerge.features import NAMES, DevScores, vector
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.panel import Compare, Panel, compare, estimated
-from merge_core.simmerge.statistics import PairStatistics
-from merge_core.simmerge.structure_panel import StructurePanel
+from merge_core.simmerge.functional.behaviour import Behaviour
+from merge_core.simmerge.pairs.behaviours import Compare, Panel, compare, estimated
+from merge_core.simmerge.pairs.divergence import nothing
+from merge_core.simmerge.pairs.features import NAMES, DevScores, vector
+from merge_core.simmerge.pairs.statistics import PairStatistics
+from merge_core.simmerge.pairs.structures import StructurePanel
 
 Scores = Sequence[Mapping[str, float]]
 """For each model what it scores on labelled items of tasks, as far as that is known."""

@@ -208,7 +208,7 @@ class Predictor:
 @cache
 def default() -> Predictor:
     """The predictor that ships with weft, trained on the experts of its own catalogue (`make predictor`)."""
-    return Predictor.parse(resources.files("merge_core.simmerge").joinpath(_DEFAULT).read_bytes())
+    return Predictor.parse(resources.files("merge_core.simmerge.choosing").joinpath(_DEFAULT).read_bytes())
 
 
 def _in_order(signal: Doubles, layer: Layer) -> Doubles:

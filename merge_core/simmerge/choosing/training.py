@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss, softplus
 
-from merge_core.simmerge.predictor import MAX_WIDE, Layer, Predictor
+from merge_core.simmerge.choosing.predictor import MAX_WIDE, Layer, Predictor
 
 FEW = 60
 """Cells below which a ridge is fitted."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.simmerge.products import Products, log_ratio, logarithms, statistics
-from merge_core.simmerge.statistics import Floats, StructuralStatistics, kept
-from merge_core.simmerge.structure import GROUPS, Group, Structure
+from merge_core.simmerge.pairs.products import Products, log_ratio, logarithms, statistics
+from merge_core.simmerge.pairs.statistics import Floats, StructuralStatistics, kept
+from merge_core.simmerge.structural.structure import GROUPS, Group, Structure
 
 Words = npt.NDArray[np.uint64]
 

@@ -27,7 +27,7 @@ from merge_core.checkpoint import dtypes, merkle
 from merge_core.checkpoint.source import TensorInfo, TensorSource
 from merge_core.digest import Digest, canonical, sha256
 from merge_core.errors import CorruptCheckpoint, Unmergeable
-from merge_core.simmerge.sketch import (
+from merge_core.simmerge.structural.sketch import (
     BLOCK,
     MAX_BLOCKS,
     WIDTH,
@@ -39,7 +39,7 @@ from merge_core.simmerge.sketch import (
     sketch_of,
     widened,
 )
-from merge_core.simmerge.structure import (
+from merge_core.simmerge.structural.structure import (
     LARGEST,
     Group,
     GroupKey,
@@ -249,7 +249,7 @@ class _Tensor:
 
 
 def _compiled() -> Measure:
-    from merge_core.simmerge.kernels import measure
+    from merge_core.simmerge.structural.kernels import measure
 
     return measure
 

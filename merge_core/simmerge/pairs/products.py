@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.simmerge.statistics import Floats, StructuralStatistics
+from merge_core.simmerge.pairs.statistics import Floats, StructuralStatistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.checkpoint.layout import Role
-from merge_core.simmerge.divergence import MODEL, PAIR, FunctionalStatistics
-from merge_core.simmerge.statistics import OVERALL, PairStatistics, StructuralStatistics
-from merge_core.simmerge.structure import GROUPS
+from merge_core.simmerge.pairs.divergence import MODEL, PAIR, FunctionalStatistics
+from merge_core.simmerge.pairs.statistics import OVERALL, PairStatistics, StructuralStatistics
+from merge_core.simmerge.structural.structure import GROUPS
 
 Floats = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]

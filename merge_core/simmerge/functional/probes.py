@@ -85,7 +85,11 @@ class ProbeSet:
 def find(reference: str) -> ProbeSet:
     """The built-in set of a name, or the one in a file `….jsonl`; raises InvalidTask."""
     if reference in BUILT_IN:
-        text = resources.files("merge_core.simmerge").joinpath(f"probes_{reference}.jsonl").read_text("utf-8")
+        text = (
+            resources.files("merge_core.simmerge.functional")
+            .joinpath(f"probes_{reference}.jsonl")
+            .read_text("utf-8")
+        )
         return parse(reference, text.split("\n"))
     if not reference.endswith(".jsonl"):
         raise InvalidTask(

@@ -29,8 +29,8 @@ from merge_core.errors import Unmergeable
 from merge_core.evaluation.loading import load_model, load_tokenizer
 from merge_core.evaluation.prediction import Asked, Predictor, Progress, windows
 from merge_core.evaluation.spelling import Spelled, Speller
-from merge_core.simmerge.behaviour import FLOOR, Observation
-from merge_core.simmerge.probes import MAX_POSITIONS, ProbeSet
+from merge_core.simmerge.functional.behaviour import FLOOR, Observation
+from merge_core.simmerge.functional.probes import MAX_POSITIONS, ProbeSet
 
 WINDOW = 128
 """Tokens that a model sees at once."""

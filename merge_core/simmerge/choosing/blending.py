@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.digest import ModelId, canonical, sha256
-from merge_core.simmerge.behaviour import FLOOR, Behaviour
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.panel import Top, states
-from merge_core.simmerge.structure import Group, Structure
+from merge_core.simmerge.functional.behaviour import FLOOR, Behaviour
+from merge_core.simmerge.pairs.behaviours import Top, states
+from merge_core.simmerge.structural.structure import Group, Structure
 
 Array = npt.NDArray[np.float64]
 Half = npt.NDArray[np.float16]

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from merge_core.checkpoint import dtypes
 from merge_core.checkpoint.source import TensorSource
-from merge_core.simmerge.products import Products, log_ratio, logarithms, statistics
-from merge_core.simmerge.sketch import as_stored, widened
-from merge_core.simmerge.statistics import Floats, StructuralStatistics, kept
-from merge_core.simmerge.structure import GROUPS, GroupKey, grouped, layer_rows
+from merge_core.simmerge.pairs.products import Products, log_ratio, logarithms, statistics
+from merge_core.simmerge.pairs.statistics import Floats, StructuralStatistics, kept
+from merge_core.simmerge.structural.sketch import as_stored, widened
+from merge_core.simmerge.structural.structure import GROUPS, GroupKey, grouped, layer_rows
 
 _PIECE = 1 << 19
 _HALF = 16

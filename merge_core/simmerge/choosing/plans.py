@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from merge_core.errors import Unmergeable
-from merge_core.simmerge.chains import Chain
+from merge_core.simmerge.choosing.chains import Chain
+from merge_core.simmerge.choosing.forecast import Forecast, Known, Reason, Scored
+from merge_core.simmerge.choosing.predictor import Predictor
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.forecast import Forecast, Known, Reason, Scored
-from merge_core.simmerge.panel import Compare, compare
-from merge_core.simmerge.predictor import Predictor
+from merge_core.simmerge.pairs.behaviours import Compare, compare
 
 EXHAUSTIVE = 4
 """Experts of which every chain is looked at."""

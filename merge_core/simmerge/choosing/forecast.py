@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.errors import Unmergeable
-from merge_core.simmerge.blending import blended
-from merge_core.simmerge.chains import Chain
-from merge_core.simmerge.features import NAMES
+from merge_core.simmerge.choosing.blending import blended
+from merge_core.simmerge.choosing.chains import Chain
+from merge_core.simmerge.choosing.predictor import Prediction, Predictor
 from merge_core.simmerge.fingerprint import Fingerprint
-from merge_core.simmerge.panel import Compare, compare
-from merge_core.simmerge.predictor import Prediction, Predictor
-from merge_core.simmerge.survey import Survey
+from merge_core.simmerge.pairs.behaviours import Compare, compare
+from merge_core.simmerge.pairs.features import NAMES
+from merge_core.simmerge.pairs.survey import Survey
 
 MAX_EXPERTS = 16
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.digest import Digest, canonical, sha256
-from merge_core.simmerge.probes import MAX_POSITIONS, MAX_TASKS, is_name
+from merge_core.simmerge.functional.probes import MAX_POSITIONS, MAX_TASKS, is_name
 
 TOP = 10
 """Tokens of a distribution that are published one by one."""

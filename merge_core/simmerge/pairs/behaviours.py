@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.digest import Digest
-from merge_core.simmerge.behaviour import FLOOR, Behaviour
-from merge_core.simmerge.divergence import (
+from merge_core.simmerge.functional.behaviour import FLOOR, Behaviour
+from merge_core.simmerge.pairs.divergence import (
     MODEL,
     Float64,
     Floats,
