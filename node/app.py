@@ -342,19 +342,21 @@ def predictor(path: Path | None) -> Predictor:
 
 def informed(home: Home, predictor: Predictor) -> tuple[Predictor, int]:
     """The predictor, corrected by the outcomes that a running node knows, and how many those are."""
-    from merge_core.simmerge.choosing.bandit import Bandit
     from merge_core.simmerge.choosing.outcomes import Outcome
     from node.control.client import ControlClient
+    from node.domain.ids import PeerId
     from node.selection.informed import Informed
+    from node.selection.outcomes import Told, learned
 
     if not node_runs(home):
         return predictor, 0
     with ControlClient.connect(home) as node:
-        records = node.outcomes()
-    wrong = {record.author for record in records if record.judged == "refuted"}
-    bandit = Bandit(predictor)
-    heard = [r for r in records if r.author not in wrong and bandit.add(r.author, Outcome.parse(r.outcome))]
-    return (Informed.by(predictor, bandit), len(heard)) if heard else (predictor, 0)
+        told = [
+            Told(author=PeerId(r.author), outcome=Outcome.parse(r.outcome), refuted=r.judged == "refuted")
+            for r in node.outcomes()
+        ]
+    bandit, heard = learned(predictor, told)
+    return (Informed.by(predictor, bandit), heard) if heard else (predictor, 0)
 
 
 def outcome(

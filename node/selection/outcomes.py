@@ -9,6 +9,7 @@ word. One that this node has made itself, of the same merge at the same items, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from merge_core.digest import Digest, ModelId, canonical, parse_canonical, sha256
@@ -42,20 +43,30 @@ def body(outcome: Outcome) -> Any:
     return parse_canonical(outcome.to_bytes())
 
 
-def learned(predictor: Predictor, book: RecordBook[Outcome]) -> Bandit:
-    """What all records say, those of peers left out whom this node has caught with a wrong one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """An outcome, who tells it, and whether this node has measured otherwise."""
+
+    author: PeerId
+    outcome: Outcome
+    refuted: bool
+
+
+def heard(book: RecordBook[Outcome]) -> list[Told]:
+    """What a node was told."""
+    judged = book.judged()
+    return [
+        Told(author=r.author, outcome=r.value, refuted=judged.get(r.digest) is Judgement.REFUTED)
+        for r in book.records()
+    ]
+
+
+def learned(predictor: Predictor, told: Iterable[Told]) -> tuple[Bandit, int]:
+    """What outcomes say, and how many count: without those of peers whom this node has caught with one."""
+    all_told = list(told)
+    wrong = {one.author for one in all_told if one.refuted}
     bandit = Bandit(predictor)
-    records, judged = book.records(), book.judged()
-    wrong = doubted(records, judged)
-    for record in records:
-        if record.author not in wrong:
-            bandit.add(record.author, record.value)
-    return bandit
-
-
-def doubted(records: Iterable[Record[Outcome]], judged: Mapping[Digest, Judgement]) -> frozenset[PeerId]:
-    """The authors of records that this node has refuted."""
-    return frozenset(r.author for r in records if judged.get(r.digest) is Judgement.REFUTED)
+    return bandit, sum(bandit.add(one.author, one.outcome) for one in all_told if one.author not in wrong)
 
 
 def settle(book: RecordBook[Outcome], own: Outcome) -> None:

@@ -26,8 +26,8 @@ from node.selection.informed import MOST, Informed
 from node.selection.outcomes import (
     OUTCOMES,
     body,
-    doubted,
     experts_of,
+    heard,
     learned,
     measured,
     operator_of,
@@ -102,11 +102,16 @@ def test_two_nodes_that_were_told_the_same_in_any_order_hold_the_same_to_the_byt
         for data in order:
             held.admit(data, NOW)
         assert len(held.records()) == len(told)
-        states.add(learned(predictor(), held).to_bytes())
+        states.add(state(held))
     assert len(states) == 1
     more = book(tmp_path / "order-0")
     more.admit(signed(KEYS[0], outcome(99, pair=99), tmp_path), NOW)
-    assert learned(predictor(), more).to_bytes() not in states
+    assert state(more) not in states
+
+
+def state(held: RecordBook[Outcome]) -> bytes:
+    """What a node has learned from what it was told."""
+    return learned(predictor(), heard(held))[0].to_bytes()
 
 
 def test_who_is_found_to_have_lied_counts_no_more(tmp_path: Path) -> None:
@@ -115,16 +120,16 @@ def test_who_is_found_to_have_lied_counts_no_more(tmp_path: Path) -> None:
     for n in range(3):
         held.admit(signed(honest, outcome(n, utility=0.80), tmp_path), NOW)
         held.admit(signed(liar, outcome(n, utility=0.10), tmp_path), NOW)
-    before = learned(predictor(), held).to_bytes()
+    before = state(held)
     settle(held, outcome(1, utility=0.82))
     judged = {record.author: held.judged().get(record.digest) for record in held.records() if _of(record, 1)}
     assert judged == {honest.peer_id: Judgement.HOLDS, liar.peer_id: Judgement.REFUTED}
-    assert doubted(held.records(), held.judged()) == {liar.peer_id}
-    after = learned(predictor(), held).to_bytes()
+    assert {one.author for one in heard(held) if one.refuted} == {liar.peer_id}
+    after = state(held)
     alone = book(tmp_path / "alone")
     for n in range(3):
         alone.admit(signed(honest, outcome(n, utility=0.80), tmp_path), NOW)
-    assert after == learned(predictor(), alone).to_bytes() != before
+    assert after == state(alone) != before
     assert me.peer_id not in judged
 
 

@@ -456,5 +456,7 @@ async def test_an_outcome_that_one_node_measured_is_what_the_other_learns_from(p
     assert record.again and not record.judged, "whoever holds both may be asked to try again"
     learned = Predictor.parse(fond_of("ties", alice.home.root).read_bytes())
     assert not (await asyncio.to_thread(told_by, bob.home)).again, "nobody checks himself"
-    states = {outcomes.learned(learned, node.outcomes.book).to_bytes() for node in (alice, bob)}
+    states = {
+        outcomes.learned(learned, outcomes.heard(node.outcomes.book))[0].to_bytes() for node in (alice, bob)
+    }
     assert len(states) == 1
