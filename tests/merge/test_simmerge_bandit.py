@@ -115,9 +115,7 @@ def test_a_peer_that_floods_counts_for_no_more_than_its_most() -> None:
     for number in range(2_000):
         flooded.add("liar", said(10_000 + number, "ties", 0.0))
     (clean,), (spoiled,) = judged(honest, ("ties",)), judged(flooded, ("ties",))
-    assert clean - spoiled < 0.9 / 10
-    flooded.forget("liar")
-    assert flooded.to_bytes() == honest.to_bytes()
+    assert 0 < clean - spoiled < 0.9 / 10
 
 
 def test_who_answers_one_question_twice_is_counted_once() -> None:

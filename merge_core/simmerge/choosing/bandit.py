@@ -114,11 +114,6 @@ class Bandit:
         self._sums = None
         return True
 
-    def forget(self, peer: str) -> None:
-        """Leave out what a peer said, whose records turned out to be false."""
-        if self._said.pop(peer, None) is not None:
-            self._sums = None
-
     def judge(
         self, values: npt.NDArray[Any], missing: npt.NDArray[np.bool_], operators: Sequence[str]
     ) -> Judgement:
