@@ -26,6 +26,9 @@ _CODES = {
     Reason.EXPIRED: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+"""What is told of a peer that is not there, and by one that stops in the middle of an answer."""
+
 
 def code_of(reason: Reason) -> grpc.StatusCode:
     """The gRPC code under which a reason travels, for clients that know only that."""
@@ -53,7 +56,7 @@ def error_of(error: grpc.aio.AioRpcError) -> WeftError:
         name = info.reason.removeprefix("REASON_")
         reason = Reason[name] if name in Reason.__members__ else Reason.UNSPECIFIED
         return Refused(reason, _printable(info.metadata.get("detail", "")))
-    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    if error.code() in _AWAY:
         return Unreachable("the peer's data port does not answer", hint="weft peers")
     if error.code() == grpc.StatusCode.DATA_LOSS:
         return PeerError("the peer's own copy is damaged")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from merge_core.digest import Digest
@@ -20,6 +21,7 @@ from node.network.memory import Fabric, MemoryNetwork
 from node.peer import credentials
 from node.peer.credentials import CredentialExchange
 from node.peer.links import Links
+from node.peer.status import error_of
 
 pytestmark = pytest.mark.anyio
 MIB = 1 << 20
@@ -143,6 +145,12 @@ async def test_a_holder_that_was_restarted_is_reached_again(town: Town, publishe
     assert holder.node.certificate.pem != before
     assert await links.to(holder.peer) is client
     assert len([piece async for piece in client.leaves(ref(published), five())]) == 5
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"])
+def test_a_peer_that_stops_in_the_middle_of_an_answer_is_away_and_not_to_blame(code: str) -> None:
+    nothing = grpc.aio.Metadata()
+    assert isinstance(error_of(grpc.aio.AioRpcError(grpc.StatusCode[code], nothing, nothing)), Unreachable)
 
 
 async def test_a_holder_restarted_in_a_fetch_goes_on_with_it(
