@@ -116,7 +116,7 @@ async def trained(root: Path, seed: int) -> Path:
 
 def accuracy(folder: Path) -> dict[str, Any]:
     """Compare every two experts of a catalogue by all there is and by fingerprints."""
-    names = ["base", *sorted(path.name for path in folder.iterdir() if path.name[0] == "e")]
+    names = ["base", *sorted(path.parent.name for path in folder.glob("e*/config.json"))]
     asked = probes.find("zoo")
     opened = {name: Checkpoint.open(folder / name) for name in names}
     sources = {name: MappedSource(opened[name], measure(opened[name]).leaves) for name in names}
